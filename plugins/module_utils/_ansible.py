@@ -1,0 +1,86 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""The adapter between the collection's core and Ansible, the only file of the core that imports Ansible.
+
+A module is: an argument spec, its documentation, and a function that reads, plans and returns. :func:`run_module`
+does the rest: errors become ``fail_json``, signals undo, plans are shown or applied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import types
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a module's function returns.
+
+    Attributes:
+        plan: what is to be done; None for a module that only reads.
+        result: the module's own return values, as they are before the plan is applied.
+        after: called once the plan has been applied (or when there was nothing to do), not in check mode: verifies
+            the host against what was promised and returns values that replace those in ``result``.
+    """
+
+    plan: Plan | None = None
+    result: dict[str, t.Any] = dataclasses.field(default_factory=dict)
+    after: t.Callable[[], dict[str, t.Any]] | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+Work = t.Callable[[AnsibleModule], Outcome]
+
+
+def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> t.NoReturn:
+    """Run a module's function and exit.
+
+    Args:
+        module: the Ansible module.
+        work: reads the host and plans; must not change anything itself.
+        lock: take the host's lock while planning and applying (never in check mode).
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupted)
+    try:
+        if lock and not module.check_mode:
+            with host_lock():
+                result = _carry_out(module, work)
+        else:
+            result = _carry_out(module, work)
+    except HostError as error:
+        module.fail_json(msg=error.message, **error.details)
+    module.exit_json(**result)
+
+
+def _interrupted(number: int, frame: types.FrameType | None) -> t.NoReturn:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def _carry_out(module: AnsibleModule, work: Work) -> dict[str, t.Any]:
+    outcome = work(module)
+    result = dict(outcome.result)
+    result["changed"] = False
+    if outcome.plan is not None:
+        result["changed"] = outcome.plan.changed
+        result["plan"] = outcome.plan.summary()
+        if module._diff:
+            result["diff"] = outcome.plan.diff()
+    if not module.check_mode:
+        if outcome.plan is not None:
+            outcome.plan.apply()
+        if outcome.after is not None:
+            result.update(outcome.after())
+    for warning in outcome.warnings:
+        module.warn(warning)
+    return result
