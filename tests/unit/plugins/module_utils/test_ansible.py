@@ -1,0 +1,54 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import json
+import pathlib
+import typing as t
+
+import pytest
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, Work, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, WriteFile
+
+
+def outcome(work: Work, capsys: pytest.CaptureFixture[str], **arguments: t.Any) -> dict[str, t.Any]:
+    with patch_module_args(arguments), pytest.raises(SystemExit):
+        run_module(AnsibleModule({}, supports_check_mode=True), work, lock=False)
+    answer: dict[str, t.Any] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+def writing(path: pathlib.Path) -> Work:
+    def work(module: AnsibleModule) -> Outcome:
+        steps = [] if path.exists() else [WriteFile("write it", str(path), "", "x", path=str(path), content=b"x")]
+        return Outcome(Plan(list(steps)), {"value": "planned"}, after=lambda: {"value": "seen"})
+
+    return work
+
+
+def test_a_plan_is_applied_verified_and_then_empty(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = outcome(writing(tmp_path / "f"), capsys)
+    assert (first["changed"], first["plan"], first["value"]) == (True, ["write it"], "seen")
+    second = outcome(writing(tmp_path / "f"), capsys)
+    assert (second["changed"], second["plan"]) == (False, [])
+
+
+def test_check_mode_shows_and_does_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = outcome(writing(tmp_path / "f"), capsys, _ansible_check_mode=True, _ansible_diff=True)
+    assert (answer["changed"], answer["value"]) == (True, "planned")
+    assert answer["diff"][0]["after"] == "x\n"
+    assert not (tmp_path / "f").exists()
+
+
+def test_an_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(module: AnsibleModule) -> Outcome:
+        raise OptionError("mode", "abc", "an octal mode such as 0660")
+
+    answer = outcome(work, capsys)
+    assert answer["failed"]
+    assert answer["msg"] == "mode: 'abc' is not accepted. Accepted: an octal mode such as 0660."

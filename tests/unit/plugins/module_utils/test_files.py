@@ -1,0 +1,54 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+from ansible_collections.iommufd.host.plugins.module_utils._files import FileState, capture, own_header, write_atomic
+
+
+def state(content: bytes, mode: int = 0o640) -> FileState:
+    return FileState(content, mode, os.geteuid(), os.getegid())
+
+
+def test_a_missing_file_is_none(tmp_path: pathlib.Path) -> None:
+    assert capture(str(tmp_path / "none")) is None
+
+
+def test_written_and_captured_are_the_same(tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "file")
+    write_atomic(path, state(b"one\r\n\xff"))
+    assert capture(path) == state(b"one\r\n\xff")
+    assert os.listdir(str(tmp_path)) == ["file"]
+
+
+def test_a_link_stays_a_link(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_atomic(str(tmp_path / "link"), state(b"new"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_the_remains_of_a_killed_run_do_not_stand_in_the_way(tmp_path: pathlib.Path) -> None:
+    (tmp_path / ".file.iommufd-host.tmp").write_text("half")
+    write_atomic(str(tmp_path / "file"), state(b"whole"))
+    assert os.listdir(str(tmp_path)) == ["file"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory/inner").write_text("kept")
+    with pytest.raises(OSError):
+        write_atomic(str(tmp_path / "directory"), state(b"x"))  # a directory cannot be replaced by a file
+    assert os.listdir(str(tmp_path)) == ["directory"]
+    assert (tmp_path / "directory/inner").read_text() == "kept"
+
+
+def test_own_files_are_known_by_their_header() -> None:
+    assert state(own_header().encode() + b"x").is_ours
+    assert not state(b"somebody else's").is_ours

@@ -1,0 +1,44 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
+
+HOLDER = """
+import fcntl, os, sys
+descriptor = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(descriptor, fcntl.LOCK_EX)
+os.write(descriptor, b"%d" % os.getpid())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_waits_and_names_who_holds_the_lock(tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(HostError, match=f"process {holder.pid}"), host_lock(timeout=0.2, path=path):
+            pass
+        holder.communicate("")
+    with host_lock(timeout=5, path=path):
+        pass
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "lock")
+    with pytest.raises(ValueError), host_lock(timeout=1, path=path):
+        raise ValueError
+    with host_lock(timeout=0.2, path=path):
+        pass
