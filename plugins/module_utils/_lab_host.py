@@ -199,6 +199,7 @@ def locked(lab_dir: Path) -> t.Iterator[None]:
                 yield
             finally:
                 if not machines(lab_dir):
+                    # The last host is gone, and so is the lab.
                     for name in ("id_ed25519", "id_ed25519.pub", "inventory.yml", ".lock"):
                         with contextlib.suppress(FileNotFoundError):
                             (lab_dir / name).unlink()
@@ -574,6 +575,19 @@ def bring_up(
     require_resources([host for host in busy if "stop" not in plans[host.name]])
     if check_mode or not busy:
         return plans
+    with locked(lab_dir):
+        _bring_up(lab_dir, busy, plans, timeout, progress, ports or {})
+    return plans
+
+
+def _bring_up(
+    lab_dir: Path,
+    busy: t.Sequence[HostSpec],
+    plans: t.Mapping[str, t.List[str]],
+    timeout: float,
+    progress: Progress,
+    ports: t.Mapping[str, int],
+) -> None:
     boots: t.List[Boot] = []
     try:
         for host in busy:
@@ -583,7 +597,7 @@ def bring_up(
                 stop(machine, 60)
             if "create" in plans[host.name]:
                 create(machine, host)
-            boots.append(start(machine, host, (ports or {}).get(host.name, 0)))
+            boots.append(start(machine, host, ports.get(host.name, 0)))
             progress(f"{host.name} boots ({machine.state()['accelerator']}, {len(host.devices)} devices)")
         wait(boots, timeout, progress)
     except BaseException:
@@ -593,5 +607,33 @@ def bring_up(
     finally:
         for boot in boots:
             boot.close()
+        write_inventory(lab_dir)
+
+
+def bring_down(
+    lab_dir: Path, names: t.Sequence[str], state: str, timeout: float, check_mode: bool, progress: Progress
+) -> t.Dict[str, t.List[str]]:
+    """Stop or remove hosts, or only list them (``state``: stopped, absent, listed); no names: all of the lab.
+
+    Returns the steps taken (in check mode: to be taken) for each: of ``stop``, ``remove``.
+    """
+    chosen = [Machine(lab_dir, name) for name in names] or machines(lab_dir)
+    plans: t.Dict[str, t.List[str]] = {}
+    for machine in chosen:
+        if state == "stopped":
+            plans[machine.name] = ["stop"] if machine.status() == "started" else []
+        elif state == "absent":
+            plans[machine.name] = ["remove"] if machine.status() != "absent" else []
+        else:
+            plans[machine.name] = []
+    if check_mode or not any(plans.values()):
+        return plans
+    with locked(lab_dir):
+        for machine in chosen:
+            if "stop" in plans[machine.name]:
+                progress(f"{machine.name}: {stop(machine, timeout)}")
+            elif "remove" in plans[machine.name]:
+                remove(machine)
+                progress(f"{machine.name}: removed")
         write_inventory(lab_dir)
     return plans

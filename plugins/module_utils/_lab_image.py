@@ -44,9 +44,13 @@ _BASE_PACKAGES = (
     "initramfs-tools",
     "iproute2",
     "kmod",
+    "less",
     "linux-image-amd64",
+    "nano",
+    "netbase",
     "openssh-server",
     "pciutils",
+    "procps",
     "python3",
     # With it ansible.builtin.apt has nothing to install first.
     "python3-apt",
@@ -78,6 +82,7 @@ _MASKED = (
     "apt-daily-upgrade.timer",
     "apt-daily.timer",
     "console-getty.service",
+    "dev-mqueue.mount",
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "e2scrub_reap.service",
@@ -86,11 +91,39 @@ _MASKED = (
     "grub-common.service",
     "grub-initrd-fallback.service",
     "keyboard-setup.service",
+    "modprobe@drm.service",
+    "modprobe@efi_pstore.service",
+    "modprobe@fuse.service",
+    "proc-sys-fs-binfmt_misc.automount",
+    "run-lock.mount",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-tracing.mount",
+    "systemd-binfmt.service",
+    "systemd-network-generator.service",
+    "systemd-networkd-persistent-storage.service",
     "systemd-networkd-wait-online.service",
+    "systemd-pcrphase.service",
+    "systemd-pcrphase-sysinit.service",
     "systemd-pstore.service",
+    "systemd-random-seed.service",
     "systemd-tpm2-setup-early.service",
     "systemd-tpm2-setup.service",
+    "systemd-udev-load-credentials.service",
     "systemd-update-utmp.service",
+    "tmp.mount",
+)
+
+#: systemd's generators that find nothing in a lab host: each is a program run at every boot.
+_MASKED_GENERATORS = (
+    "systemd-bless-boot-generator",
+    "systemd-cryptsetup-generator",
+    "systemd-gpt-auto-generator",
+    "systemd-hibernate-resume-generator",
+    "systemd-integritysetup-generator",
+    "systemd-rc-local-generator",
+    "systemd-ssh-generator",
+    "systemd-tpm2-generator",
+    "systemd-veritysetup-generator",
 )
 
 _IDENTITY_UNIT = """\
@@ -162,13 +195,26 @@ _GRUB = """\
 # A lab host has a serial console and no one who could choose from a menu.
 GRUB_TIMEOUT=0
 GRUB_TERMINAL=serial
+GRUB_SERIAL_COMMAND="serial --unit=0 --speed=115200"
 GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX console=ttyS0,115200"
 """
 
 _INITRAMFS = """\
-# The initramfs is rebuilt on an emulated processor: speed matters more than size.
+# The initramfs is rebuilt, unpacked and searched on an emulated processor: the drivers come from hooks/lab.
+MODULES=list
 COMPRESS=zstd
 COMPRESSLEVEL=1
+"""
+
+_INITRAMFS_HOOK = """\
+#!/bin/sh
+# What MODULES=most would put in for the devices that a lab host can have, at a tenth of the size. As there, udev loads
+# the drivers when it meets the devices.
+[ "$1" = prereqs ] && exit 0
+. /usr/share/initramfs-tools/hook-functions
+for module in ext4 virtio_pci virtio_blk virtio_net nvme ahci sd_mod xhci_pci e1000 e1000e igb igbvf; do
+    manual_add_modules "$module"
+done
 """
 
 _JOURNAL = """\
@@ -201,12 +247,13 @@ _GRUB_SCRIPT = """\
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 finish() {
-    echo "LAB-BOOT-LOADER: $1"
-    rm -f /lab-boot-loader
-    sync
-    mount -o remount,ro /
-    echo o >/proc/sysrq-trigger
-    while :; do sleep 1; done
+    # In a shell of its own: a script that is open when it is removed leaves work for the next boot's fsck.
+    exec sh -c 'echo "LAB-BOOT-LOADER: $1"
+        rm -f /lab-boot-loader
+        sync
+        mount -o remount,ro /
+        echo o >/proc/sysrq-trigger
+        while :; do sleep 1; done' - "$1"
 }
 exec >/dev/ttyS0 2>&1 </dev/null
 mount -o remount,rw / || finish failed
@@ -221,6 +268,7 @@ _FILES: t.Dict[str, t.Tuple[int, str]] = {
     "etc/dpkg/dpkg.cfg.d/lab": (0o644, _DPKG),
     "etc/fstab": (0o644, _FSTAB),
     "etc/initramfs-tools/conf.d/lab": (0o644, _INITRAMFS),
+    "etc/initramfs-tools/hooks/lab": (0o755, _INITRAMFS_HOOK),
     "etc/ssh/sshd_config.d/lab.conf": (0o644, _SSHD),
     "etc/systemd/journald.conf.d/lab.conf": (0o644, _JOURNAL),
     "etc/systemd/network/10-lab.network": (0o644, _NETWORK),
@@ -243,11 +291,17 @@ echo 'nameserver 10.0.2.3' >"$root/etc/resolv.conf"
 for unit in @MASKED@; do
     ln -sfn /dev/null "$root/etc/systemd/system/$unit"
 done
+mkdir -p "$root/etc/systemd/system-generators"
+for generator in @GENERATORS@; do
+    ln -sfn /dev/null "$root/etc/systemd/system-generators/$generator"
+done
 chroot "$root" systemctl --quiet enable systemd-networkd.service lab-identity.service ssh.service \\
     serial-getty@ttyS0.service
-# The kernel's messages belong on the serial log.
-sed -i 's/^GRUB_CMDLINE_LINUX_DEFAULT=.*/GRUB_CMDLINE_LINUX_DEFAULT=""/' "$root/etc/default/grub"
+# Not "quiet": the kernel's messages belong on the serial log.
+sed -i 's|^GRUB_CMDLINE_LINUX_DEFAULT=.*|GRUB_CMDLINE_LINUX_DEFAULT="@ARGUMENTS@"|' "$root/etc/default/grub"
 echo 'grub-pc grub-pc/install_devices multiselect /dev/vda' | chroot "$root" debconf-set-selections
+# All caches are fresh: without this the first boot would make them once more (systemd-update-done.service).
+touch -d '+1 day' "$root/etc/.updated" "$root/var/.updated"
 """
 
 
@@ -260,6 +314,7 @@ class ImageSpec:
     size: int = 8 << 30
     mirror: str = ""
     check_valid_until: bool = True
+    kernel_arguments: t.Tuple[str, ...] = ()
 
     def inputs(self) -> t.Dict[str, t.Any]:
         """All inputs of the build, as plain data: two images with the same inputs are interchangeable."""
@@ -271,8 +326,14 @@ class ImageSpec:
             "check_valid_until": self.check_valid_until,
             "size": self.size,
             "files": {path: [oct(mode), text] for path, (mode, text) in sorted(_FILES.items())},
-            "configure": _configure_script(),
+            "configure": self.configure(),
         }
+
+    def configure(self) -> str:
+        """The script that puts the finishing touches to the root filesystem."""
+        script = _CONFIGURE.replace("@MASKED@", " ".join(_MASKED))
+        script = script.replace("@GENERATORS@", " ".join(_MASKED_GENERATORS))
+        return script.replace("@ARGUMENTS@", " ".join(self.kernel_arguments))
 
     def key(self) -> str:
         """Hash of all inputs."""
@@ -284,10 +345,7 @@ class ImageSpec:
         return f"{self.distribution}-{self.key()}"
 
 
-def _configure_script() -> str:
-    return _CONFIGURE.replace("@MASKED@", " ".join(_MASKED))
-
-
+_ARGUMENT = re.compile(r"[A-Za-z0-9_.:=,+-]+")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(/[a-z0-9-]+)?")
 
 
@@ -297,6 +355,7 @@ def parse_image(
     size: str = "8G",
     mirror: t.Optional[str] = None,
     check_valid_until: bool = True,
+    kernel_arguments: t.Sequence[str] = (),
 ) -> ImageSpec:
     """Check an image's declaration; raises LabError naming the option, the value and what is accepted."""
     if distribution not in DISTRIBUTIONS:
@@ -304,10 +363,20 @@ def parse_image(
     for package in packages:
         if not _PACKAGE.fullmatch(package):
             raise LabError(f"packages: {package!r} is not the name of a Debian package")
+    for argument in kernel_arguments:
+        if not _ARGUMENT.fullmatch(argument):
+            raise LabError(f"kernel_arguments: {argument!r} is not accepted; letters, digits and _.:=,+- are")
     bytes_ = size_in_bytes(size, "size")
     if bytes_ < 2 << 30:
         raise LabError(f"size: {size!r} is too small for a host; accepted are 2G and more")
-    return ImageSpec(distribution, tuple(sorted(set(packages))), bytes_, mirror or "", check_valid_until)
+    return ImageSpec(
+        distribution,
+        tuple(sorted(set(packages))),
+        bytes_,
+        mirror or "",
+        check_valid_until,
+        tuple(kernel_arguments),
+    )
 
 
 def find_image(spec: ImageSpec, cache_dir: Path) -> t.Optional[Path]:
@@ -425,9 +494,9 @@ def _build(spec: ImageSpec, work: Path, progress: Progress) -> None:
 
     progress(f"installing {spec.distribution} with mmdebstrap")
     _write_files(work / "files.tar")
-    (work / "configure").write_text(_configure_script(), encoding="ascii")
+    (work / "configure").write_text(spec.configure(), encoding="ascii")
     inputs = spec.inputs()
-    command = ["mmdebstrap", "--variant=important", f"--include={','.join(inputs['packages'])}"]
+    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(inputs['packages'])}"]
     if not spec.check_valid_until:
         command.append('--aptopt=Acquire::Check-Valid-Until "false"')
     command += [

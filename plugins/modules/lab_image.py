@@ -1,0 +1,148 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: lab_image
+short_description: Build the disk image of disposable lab hosts
+version_added: 0.1.0
+description:
+  - Builds a bootable disk image from a distribution's packages, or finds it in the cache.
+  - The key of an image is a hash of all that goes into it, so that another package, size or version of the recipe
+    is another image. Two builds of the same image wait for each other.
+  - The image boots by the distribution's own boot loader, so that kernel arguments and reboots are real.
+  - Runs on the machine that shall emulate the hosts, usually the controller, as root.
+author:
+  - The iommufd.host authors (@iommufd)
+requirements:
+  - mmdebstrap, mkfs.ext4, qemu-img and qemu-system-x86_64 8.0 or later
+attributes:
+  check_mode:
+    support: full
+    description: Can run in check mode without changing anything.
+  diff_mode:
+    support: none
+    description: An image is built whole or not at all.
+options:
+  distribution:
+    description: The distribution to install.
+    type: str
+    choices: [trixie, bookworm, forky]
+    default: trixie
+  packages:
+    description: Packages to install beyond those that every lab host has.
+    type: list
+    elements: str
+    default: []
+  size:
+    description: Size of the disk, with the suffix V(M), V(G) or V(T). The file takes only what is used of it.
+    type: str
+    default: 8G
+  kernel_arguments:
+    description:
+      - Arguments on the image's kernel command line, such as V(intel_iommu=off) for hosts on which turning on the IOMMU
+        shall make a difference. Debian's kernel turns on an Intel IOMMU by itself.
+    type: list
+    elements: str
+    default: []
+  mirror:
+    description: Where to fetch packages from; without it mmdebstrap's own choice for the distribution.
+    type: str
+  check_valid_until:
+    description:
+      - Whether to refuse a package index that is past its date of expiry.
+      - V(false) is for mirrors that lag behind.
+    type: bool
+    default: true
+  cache_dir:
+    description: Directory of the finished images.
+    type: path
+    default: ~/.cache/iommufd-host/images
+seealso:
+  - module: iommufd.host.lab_host
+"""
+
+EXAMPLES = r"""
+- name: Have an image of Debian 13 with libvirt
+  iommufd.host.lab_image:
+    distribution: trixie
+    packages:
+      - libvirt-daemon-system
+  delegate_to: localhost
+  register: image
+"""
+
+RETURN = r"""
+path:
+  description: Path of the image. In check mode it may not exist yet.
+  returned: success
+  type: str
+  sample: /root/.cache/iommufd-host/images/trixie-728e1d532c2adf19/disk.qcow2
+key:
+  description: Hash of all inputs of the build.
+  returned: success
+  type: str
+  sample: 728e1d532c2adf19
+seconds:
+  description: How long the build took, V(0) where the image was in the cache.
+  returned: success
+  type: float
+  sample: 87.9
+"""
+
+import signal
+import time
+import typing as t
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.iommufd.host.plugins.module_utils._lab_image import build_image, find_image, parse_image
+from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import LabError
+
+
+def main() -> None:
+    """Options in, image out."""
+    module = AnsibleModule(
+        argument_spec={
+            "distribution": {"type": "str", "choices": ["trixie", "bookworm", "forky"], "default": "trixie"},
+            "packages": {"type": "list", "elements": "str", "default": []},
+            "size": {"type": "str", "default": "8G"},
+            "kernel_arguments": {"type": "list", "elements": "str", "default": []},
+            "mirror": {"type": "str"},
+            "check_valid_until": {"type": "bool", "default": True},
+            "cache_dir": {"type": "path", "default": "~/.cache/iommufd-host/images"},
+        },
+        supports_check_mode=True,
+    )
+    params: t.Dict[str, t.Any] = module.params
+    # An interrupted build removes what it made.
+    signal.signal(signal.SIGTERM, lambda *_ignored: module.fail_json(msg="interrupted"))
+    try:
+        spec = parse_image(
+            params["distribution"],
+            params["packages"],
+            params["size"],
+            params["mirror"],
+            params["check_valid_until"],
+            params["kernel_arguments"],
+        )
+        cache = Path(params["cache_dir"]).absolute()
+        path = find_image(spec, cache)
+        changed, seconds = path is None, 0.0
+        if path is None:
+            path = cache / spec.name() / "disk.qcow2"
+            if not module.check_mode:
+                started = time.monotonic()
+                path, changed = build_image(spec, cache, lambda text: None)
+                seconds = round(time.monotonic() - started, 1)
+        module.exit_json(changed=changed, path=str(path), key=spec.key(), seconds=seconds)
+    except LabError as exc:
+        module.fail_json(msg=str(exc))
+
+
+if __name__ == "__main__":
+    main()
