@@ -50,6 +50,7 @@ class Host:
 
     def __init__(self, root: str = "/") -> None:
         self.root = os.path.abspath(root)
+        self._directories: dict[str, str] = {}
 
     @property
     def live(self) -> bool:
@@ -73,7 +74,21 @@ class Host:
         """
         if self.live:
             return path
-        return self._real(self._resolve(path, follow))
+        directory, _, name = path.rpartition("/")
+        if name in ("", ".", ".."):
+            return self._real(self._resolve(path, follow))
+        here = self._real(f"{self._directory(directory).rstrip('/')}/{name}")
+        return self._real(self._resolve(path, follow)) if follow and os.path.islink(here) else here
+
+    def _directory(self, path: str) -> str:
+        """A directory with its links resolved, remembered: a device's many attributes lie in one directory, and each
+        of its links would be looked up again for each of them."""
+        known = self._directories.get(path)
+        if known is None:
+            known = self._resolve(path, follow=True)
+            if os.path.isdir(self._real(known)):
+                self._directories[path] = known
+        return known
 
     def _real(self, path: str) -> str:
         return self.root + path if path != "/" else self.root

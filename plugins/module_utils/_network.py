@@ -1,0 +1,235 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Network interfaces: how they stand on each other, and which carry addresses, routes or this very connection."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import ipaddress
+import json
+import os
+import re
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+
+NET = "/sys/class/net"
+
+# include/uapi/linux/ipv6_route.h: entries of the local table, which every address brings along.
+_RTF_LOCAL = 0x80000000
+_RTF_ANYCAST = 0x00100000
+_RTF_REJECT = 0x0200
+_RTF_UP = 0x1
+
+_Address = t.Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+
+
+class Network:
+    """All network interfaces that this namespace of the host shows, read once.
+
+    Args:
+        host: the host.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.paths: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
+        self.above: dict[str, set[str]] = collections.defaultdict(set)
+        self._read()
+
+    def _read(self) -> None:
+        names = self.host.listdir(NET)
+        for name in names:
+            path = self.host.realpath(f"{NET}/{name}")
+            if path is not None and self.host.is_dir(path):
+                self.paths[name] = path
+        for name, path in self.paths.items():
+            entries = self.host.listdir(path)
+            self.kinds[name] = self._kind(name, path, entries)
+            for entry in entries:
+                # Every layer links both ways; a captured tree may have only some of the links.
+                if entry.startswith("upper_"):
+                    self._stack(name, entry[len("upper_") :])
+                elif entry.startswith("lower_"):
+                    self._stack(entry[len("lower_") :], name)
+                elif entry == "master":
+                    self._stack(name, self.host.link_name(f"{path}/master"))
+                elif entry == "brif":
+                    for port in self.host.listdir(f"{path}/brif"):
+                        self._stack(port, name)
+                elif entry == "bonding":
+                    for slave in (self.host.read_line(f"{path}/bonding/slaves") or "").split():
+                        self._stack(slave, name)
+
+    def _stack(self, lower: str, upper: str | None) -> None:
+        if upper is not None and upper != lower and upper in self.paths and lower in self.paths:
+            self.above[lower].add(upper)
+
+    def _kind(self, name: str, path: str, entries: t.Collection[str]) -> str:
+        for entry, kind in (("bonding", "bond"), ("bridge", "bridge"), ("macvtap", "macvtap")):
+            if entry in entries:
+                return kind
+        if name == "ovs-system":
+            return "ovs"
+        if "device" in entries:
+            return ""
+        match = re.search(r"^DEVTYPE=(\w+)$", self.host.read_text(f"{path}/uevent", 4096) or "", re.MULTILINE)
+        kind = match[1] if match is not None else ""
+        if kind in ("vlan", "macvlan", "macvtap", "ipvlan", "vxlan", "bond", "bridge", "team"):
+            return kind
+        if self.host.exists(f"/proc/net/vlan/{name}"):
+            return "vlan"
+        return "team" if any(entry.startswith("lower_") for entry in entries) and "team" in name else ""
+
+    def chains(self, name: str) -> t.Iterator[list[str]]:
+        """Every interface that stands on one, with the way to it: ["eno50"], ["eno50", "bond0"], …; each once."""
+        seen = {name}
+        todo = collections.deque([[name]])
+        while todo:
+            chain = todo.popleft()
+            yield chain
+            for upper in sorted(self.above.get(chain[-1], ())):
+                if upper not in seen:
+                    seen.add(upper)
+                    todo.append([*chain, upper])
+
+    # -- addresses -------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def addresses(self) -> dict[str, list[str]]:
+        """The addresses of each interface; without those that every interface that is up gives itself (fe80::)."""
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for name, address in [*(self._asked_addresses() or self._written_addresses())]:
+            if not (address.version == 6 and address.is_link_local) and not address.is_loopback:
+                found[name].append(str(address))
+        return dict(found)
+
+    def _asked_addresses(self) -> list[tuple[str, _Address]] | None:
+        """From `ip`, which knows the interface of every IPv4 address; None on a captured tree or without it."""
+        answer = self.host.ask(["ip", "-j", "address", "show"])
+        if answer is None or not answer.ok:
+            return None
+        try:
+            rows = json.loads(answer.stdout)
+            return [
+                (row["ifname"], ipaddress.ip_address(info["local"]))
+                for row in rows
+                for info in row.get("addr_info", [])
+                if "local" in info
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _written_addresses(self) -> t.Iterator[tuple[str, _Address]]:
+        """From procfs: if_inet6 names the interface; fib_trie does not, so the directly connected networks do."""
+        for row in self._rows("if_inet6"):
+            if len(row) == 6 and re.fullmatch("[0-9a-f]{32}", row[0]):
+                yield row[5], ipaddress.IPv6Address(int(row[0], 16))
+        connected = [(network, name) for name, network, gateway in self._routes4 if gateway == 0 and network.prefixlen]
+        connected.sort(key=lambda pair: -pair[0].prefixlen)
+        text = self._text("fib_trie")
+        for one in sorted(set(re.findall(r"\|-- ([0-9.]+)\n\s+/32 host LOCAL", text))):
+            try:
+                address = ipaddress.IPv4Address(one)
+            except ValueError:
+                continue
+            name = next((name for network, name in connected if address in network), None)
+            if name is not None:
+                yield name, address
+
+    # -- routes ----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def routes(self) -> dict[str, list[str]]:
+        """The destinations reached through each interface ("default", "10.0.0.0/8"); "default" first."""
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for name, network4, _gateway in self._routes4:
+            if not network4.is_link_local:
+                found[name].append("default" if network4.prefixlen == 0 else str(network4))
+        for name, network6 in self._routes6:
+            found[name].append("default (IPv6)" if network6.prefixlen == 0 else str(network6))
+        return {
+            name: sorted(set(all_), key=lambda one: (not one.startswith("default"), one))
+            for name, all_ in found.items()
+        }
+
+    @functools.cached_property
+    def _routes4(self) -> list[tuple[str, ipaddress.IPv4Network, int]]:
+        """proc/net/route: interface, network, gateway; the numbers are in the byte order of the machine (little)."""
+        found = []
+        for row in self._rows("route"):
+            if len(row) < 8 or not all(re.fullmatch("[0-9A-Fa-f]{8}", row[index]) for index in (1, 2, 7)):
+                continue
+            target, gateway, mask = (int.from_bytes(bytes.fromhex(row[index]), "little") for index in (1, 2, 7))
+            if re.fullmatch("[0-9A-Fa-f]{4}", row[3]) and not int(row[3], 16) & _RTF_UP:
+                continue
+            try:
+                network = ipaddress.IPv4Network((target, bin(mask).count("1")), strict=False)
+            except ValueError:
+                continue
+            found.append((row[0], network, gateway))
+        return found
+
+    @functools.cached_property
+    def _routes6(self) -> list[tuple[str, ipaddress.IPv6Network]]:
+        """proc/net/ipv6_route: interface and network, without what every interface that is up has."""
+        found = []
+        for row in self._rows("ipv6_route"):
+            if len(row) != 10 or not re.fullmatch("[0-9a-f]{32}", row[0]) or not re.fullmatch("[0-9a-f]{8}", row[8]):
+                continue
+            if not re.fullmatch("[0-9a-f]{2}", row[1]) or int(row[1], 16) > 128 or row[9] == "lo":
+                continue
+            if int(row[8], 16) & (_RTF_LOCAL | _RTF_ANYCAST | _RTF_REJECT):
+                continue
+            network = ipaddress.IPv6Network((int(row[0], 16), int(row[1], 16)), strict=False)
+            if not network.is_link_local and not network.is_multicast:
+                found.append((row[9], network))
+        return found
+
+    def _text(self, name: str) -> str:
+        return self.host.read_text(f"/proc/net/{name}") or self.host.read_text(f"/proc/self/net/{name}") or ""
+
+    def _rows(self, name: str) -> list[list[str]]:
+        return [line.split() for line in self._text(name).splitlines()]
+
+    # -- this connection -------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def connection(self) -> tuple[str, str] | None:
+        """The interface that carries the ssh connection this very run came by, and its peer; None without one."""
+        words = (_ssh_connection(self.host) or "").split()
+        if len(words) != 4:
+            return None
+        peer, _port, own, _own_port = words
+        if "%" in own:  # link-local: the zone is the interface
+            return own.partition("%")[2], peer
+        answer = self.host.ask(["ip", "-j", "route", "get", peer.partition("%")[0]])
+        name = None
+        if answer is not None and answer.ok:
+            try:
+                name = json.loads(answer.stdout)[0].get("dev")
+            except (ValueError, LookupError, AttributeError):
+                name = None
+        if name is None or name == "lo":
+            name = next((one for one, addresses in self.addresses.items() if own in addresses), None)
+        return (name, peer) if isinstance(name, str) else None
+
+
+def _ssh_connection(host: Host) -> str | None:
+    """SSH_CONNECTION of this process or, as sudo and su drop it, of the nearest ancestor that has it."""
+    if not host.live:
+        return None
+    if "SSH_CONNECTION" in os.environ:
+        return os.environ["SSH_CONNECTION"]
+    process = os.getppid()
+    while process > 1:
+        for entry in (host.read_bytes(f"/proc/{process}/environ") or b"").split(b"\0"):
+            if entry.startswith(b"SSH_CONNECTION="):
+                return entry.partition(b"=")[2].decode("ascii", "replace")
+        status = re.search(r"^PPid:\s*(\d+)$", host.read_text(f"/proc/{process}/status") or "", re.MULTILINE)
+        process = int(status[1]) if status is not None else 0
+    return None

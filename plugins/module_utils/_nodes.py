@@ -1,0 +1,254 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Device nodes: /dev/iommu, the vfio character devices and groups, /dev/kvm; and the users that own them."""
+
+from __future__ import annotations
+
+import dataclasses
+import grp
+import os
+import pwd
+import re
+import stat
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+
+IOMMU = "/dev/iommu"
+CDEVS = "/dev/vfio/devices"
+GROUPS = "/dev/vfio"
+LEGACY_CONTAINER = "/dev/vfio/vfio"
+KVM = "/dev/kvm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A device node.
+
+    Attributes:
+        path: "/dev/iommu".
+        mode: permission bits; :attr:`mode_text` as four octal digits.
+        owner, group: names, or the numbers as text where the host has no such name.
+        number: "major:minor"; None where it is not a device node (in a captured tree).
+        expected: "major:minor" as sysfs has it; a node that differs is stale. None where sysfs does not tell.
+        links: other names in /dev that point to it, in order.
+        label: its SELinux label, where it has one.
+        acl: whether it has an access list beyond owner, group and mode.
+    """
+
+    path: str
+    uid: int
+    gid: int
+    owner: str
+    group: str
+    mode: int
+    number: str | None
+    expected: str | None = None
+    links: list[str] = dataclasses.field(default_factory=list)
+    label: str | None = None
+    acl: bool = False
+
+    @property
+    def mode_text(self) -> str:
+        return f"{self.mode:04o}"
+
+    def to_dict(self) -> dict[str, t.Any]:
+        return {
+            "path": self.path,
+            "owner": self.owner,
+            "group": self.group,
+            "mode": self.mode_text,
+            "device": self.number,
+            "expected": self.expected,
+            "links": self.links,
+            "label": self.label,
+            "acl": self.acl,
+        }
+
+
+@dataclasses.dataclass
+class Nodes:
+    """The nodes that matter for passing devices through; None or empty where they are not there."""
+
+    iommu: Node | None = None
+    kvm: Node | None = None
+    container: Node | None = None
+    cdevs: list[Node] = dataclasses.field(default_factory=list)
+    groups: list[Node] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, t.Any]:
+        return {
+            "iommu": self.iommu.to_dict() if self.iommu else None,
+            "kvm": self.kvm.to_dict() if self.kvm else None,
+            "container": self.container.to_dict() if self.container else None,
+            "cdevs": [node.to_dict() for node in self.cdevs],
+            "groups": [node.to_dict() for node in self.groups],
+        }
+
+
+def read_nodes(host: Host) -> Nodes:
+    """All of them in one pass."""
+    accounts = Accounts(host)
+    links = _links(host)
+
+    def node(path: str, sysfs: str) -> Node | None:
+        return read_node(host, path, accounts, sysfs, links)
+
+    def several(directory: str, pattern: str, sysfs: str) -> list[Node]:
+        names = [name for name in host.listdir(directory) if re.fullmatch(pattern, name)]
+        names.sort(key=lambda name: int(re.sub(r"\D", "", name)))
+        found = [node(f"{directory}/{name}", f"{sysfs}/{name}/dev") for name in names]
+        return [one for one in found if one is not None]
+
+    return Nodes(
+        iommu=node(IOMMU, "/sys/class/misc/iommu/dev"),
+        kvm=node(KVM, "/sys/class/misc/kvm/dev"),
+        container=node(LEGACY_CONTAINER, "/sys/class/misc/vfio/dev"),
+        cdevs=several(CDEVS, r"vfio[0-9]{1,9}", "/sys/class/vfio-dev"),
+        groups=several(GROUPS, r"(noiommu-)?[0-9]{1,9}", "/sys/class/vfio"),
+    )
+
+
+def read_node(
+    host: Host,
+    path: str,
+    accounts: Accounts | None = None,
+    sysfs: str | None = None,
+    links: t.Mapping[str, list[str]] | None = None,
+) -> Node | None:
+    """One node, or None where it does not exist.
+
+    Args:
+        host: the host.
+        path: its path; a link is followed.
+        accounts: names of users and groups, where they have been read already.
+        sysfs: path of the attribute ``dev`` that says which number it should have.
+        links: other names by the node's path, as :func:`read_nodes` finds them.
+    """
+    status = host.stat(path)
+    if status is None:
+        return None
+    accounts = accounts or Accounts(host)
+    is_device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
+    label, acl = _attributes(host, path)
+    return Node(
+        path=path,
+        uid=status.st_uid,
+        gid=status.st_gid,
+        owner=accounts.user_name(status.st_uid) or str(status.st_uid),
+        group=accounts.group_name(status.st_gid) or str(status.st_gid),
+        mode=stat.S_IMODE(status.st_mode),
+        number=f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if is_device else None,
+        expected=host.read_line(sysfs) if sysfs else None,
+        links=list((links or {}).get(path, [])),
+        label=label,
+        acl=acl,
+    )
+
+
+def _attributes(host: Host, path: str) -> tuple[str | None, bool]:
+    """SELinux label and whether there is an access list."""
+    try:
+        real = host.path(path)
+        names = os.listxattr(real)
+        label = None
+        if "security.selinux" in names:
+            label = os.getxattr(real, "security.selinux").rstrip(b"\0").decode("utf-8", "replace")
+        return label, "system.posix_acl_access" in names
+    except (OSError, ValueError):
+        return None, False
+
+
+def _links(host: Host) -> dict[str, list[str]]:
+    """Links in /dev/vfio and below that point to a vfio node, by that node."""
+    found: dict[str, list[str]] = {}
+    todo = [GROUPS]
+    while todo:
+        directory = todo.pop()
+        for name in host.listdir(directory):
+            path = f"{directory}/{name}"
+            if host.readlink(path) is not None:
+                target = host.realpath(path)
+                if target is not None:
+                    found.setdefault(target, []).append(path)
+            elif directory.count("/") < 4 and host.is_dir(path):
+                todo.append(path)
+    return {target: sorted(names) for target, names in found.items()}
+
+
+class Accounts:
+    """Users and groups of a host: on the live host by its name service, in a captured tree from its /etc files."""
+
+    def __init__(self, host: Host) -> None:
+        self._live = host.live
+        self._users = {} if host.live else _read_table(host, "/etc/passwd", 7)
+        self._groups = {} if host.live else _read_table(host, "/etc/group", 4)
+
+    def user_id(self, name: str) -> int | None:
+        """The id of a user, or None where there is no such user."""
+        if self._live:
+            try:
+                return pwd.getpwnam(name).pw_uid
+            except (KeyError, ValueError):
+                return None
+        return self._number(self._users.get(name))
+
+    def group_id(self, name: str) -> int | None:
+        """The id of a group, or None where there is no such group."""
+        if self._live:
+            try:
+                return grp.getgrnam(name).gr_gid
+            except (KeyError, ValueError):
+                return None
+        return self._number(self._groups.get(name))
+
+    def user_name(self, number: int) -> str | None:
+        """The name of a user id, or None where nobody has it."""
+        if self._live:
+            try:
+                return pwd.getpwuid(number).pw_name
+            except (KeyError, OverflowError):
+                return None
+        return self._name(self._users, number)
+
+    def group_name(self, number: int) -> str | None:
+        """The name of a group id, or None where no group has it."""
+        if self._live:
+            try:
+                return grp.getgrgid(number).gr_name
+            except (KeyError, OverflowError):
+                return None
+        return self._name(self._groups, number)
+
+    def groups_of(self, user: str) -> list[int]:
+        """The ids of a user's groups, the primary one first; empty where there is no such user."""
+        if self._live:
+            try:
+                return os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+            except (KeyError, ValueError):
+                return []
+        row = self._users.get(user)
+        primary = None if row is None else _integer(row[3])
+        if primary is None:
+            return []
+        others = [self._number(entry) for entry in self._groups.values() if user in entry[3].split(",")]
+        return [primary, *(number for number in others if number is not None and number != primary)]
+
+    @staticmethod
+    def _number(row: list[str] | None) -> int | None:
+        return None if row is None else _integer(row[2])
+
+    @staticmethod
+    def _name(table: t.Mapping[str, list[str]], number: int) -> str | None:
+        return next((name for name, row in table.items() if _integer(row[2]) == number), None)
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 11 else None
+
+
+def _read_table(host: Host, path: str, fields: int) -> dict[str, list[str]]:
+    rows = [line.split(":") for line in (host.read_text(path) or "").splitlines()]
+    return {row[0]: row for row in reversed(rows) if len(row) == fields}

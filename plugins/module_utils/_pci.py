@@ -1,0 +1,313 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""PCI functions as sysfs shows them, and their addresses as people write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+
+DEVICES = "/sys/bus/pci/devices"
+
+ACCEPTED_ADDRESS = "a PCI address such as 0000:02:00.0 or 02:00.0 (`lspci -D` lists them)"
+
+# The kernel prints the domain with at least four digits and more where it needs them (VMD starts at 10000).
+_ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{2}):([01][0-9a-fA-F])\.([0-7])")
+_EXACT_ADDRESS = re.compile(r"(?:[0-9a-f]{4}|[1-9a-f][0-9a-f]{4,7}):[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+_MODALIAS = re.compile(
+    r"pci:v(?P<vendor>[0-9A-F]{8})d(?P<device>[0-9A-F]{8})sv(?P<subvendor>[0-9A-F]{8})sd(?P<subdevice>[0-9A-F]{8})"
+    r"bc(?P<base>[0-9A-F]{2})sc(?P<sub>[0-9A-F]{2})i(?P<interface>[0-9A-F]{2})"
+)
+
+# include/linux/ioport.h: flags in the third column of the attribute `resource`.
+_IORESOURCE_IO = 0x100
+_IORESOURCE_MEM = 0x200
+_IORESOURCE_PREFETCH = 0x2000
+_IORESOURCE_MEM_64 = 0x100000
+_STANDARD_BARS = 6
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is a PCI address exactly as the kernel writes it."""
+    return _EXACT_ADDRESS.fullmatch(name) is not None
+
+
+def parse_address(option: str, value: object) -> str:
+    """A PCI address as the kernel writes it: lower case, with the domain ("02:00.0" becomes "0000:02:00.0").
+
+    Args:
+        option: the option's name for the error message.
+        value: what the user wrote.
+
+    Raises:
+        OptionError: it is not a PCI address.
+    """
+    match = _ADDRESS.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise OptionError(option, value, ACCEPTED_ADDRESS)
+    domain, bus, slot, function = match.groups()
+    return f"{int(domain or '0', 16):04x}:{bus.lower()}:{slot.lower()}.{function}"
+
+
+def address_key(address: str) -> tuple[int, int, int, int]:
+    """Sort key of an address, by number (a domain of five digits sorts after ffff). Zeros where it is none."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        return (0, 0, 0, 0)
+    domain, bus, slot, function = match.groups()
+    return (int(domain or "0", 16), int(bus, 16), int(slot, 16), int(function, 16))
+
+
+def nearest_addresses(host: Host, address: str, count: int = 3) -> list[str]:
+    """The host's addresses that look most like one that it does not have, for an error message."""
+    known = list_addresses(host)
+    close = difflib.get_close_matches(address, known, count, 0.75)
+    return close or known[:count]
+
+
+@dataclasses.dataclass
+class Sriov:
+    """SR-IOV of a function.
+
+    Attributes:
+        total_vfs: how many VFs a physical function can have; None for a VF.
+        num_vfs: how many it has now; None for a VF.
+        physfn: address of a VF's physical function; None for a PF.
+        vfs: addresses of a PF's VFs, in their order.
+    """
+
+    total_vfs: int | None = None
+    num_vfs: int | None = None
+    physfn: str | None = None
+    vfs: list[str] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, t.Any]:
+        return {"total_vfs": self.total_vfs, "num_vfs": self.num_vfs, "physfn": self.physfn, "vfs": self.vfs}
+
+
+@dataclasses.dataclass
+class Function:
+    """One PCI function. None where sysfs does not tell.
+
+    Attributes:
+        address: as the kernel writes it ("0000:02:00.0").
+        vendor_id, device_id, subsystem_vendor_id, subsystem_device_id: "0x10de".
+        class_id: six digits ("0x030200").
+        revision: "0xa1".
+        modalias: as sysfs has it ("pci:v…"), for a lookup in modules.alias.
+        driver: name of the driver bound to it.
+        driver_override: name written there; None when it is not set.
+        iommu_group: number of its group; None with the IOMMU off.
+        numa_node: None where the platform does not say (-1 in sysfs).
+        vfio_name: "vfio0", when it is bound to a vfio driver and has a character device.
+        vfio_number: "major:minor" of that character device.
+        sriov: None for a function that is neither PF nor VF.
+        boot_vga: True for the display that firmware lit; None for what is no display.
+        reset_methods: names that the kernel would try, in order ("flr", "bus"); None before Linux 5.15.
+        bars: {index, kind ("memory" or "io"), size (bytes), prefetchable, wide (64 bits)} of those in use.
+        path: its real directory ("/sys/devices/pci0000:00/…"), which shows the bridges above it.
+    """
+
+    address: str
+    vendor_id: str | None = None
+    device_id: str | None = None
+    subsystem_vendor_id: str | None = None
+    subsystem_device_id: str | None = None
+    class_id: str | None = None
+    revision: str | None = None
+    modalias: str | None = None
+    driver: str | None = None
+    driver_override: str | None = None
+    iommu_group: int | None = None
+    numa_node: int | None = None
+    vfio_name: str | None = None
+    vfio_number: str | None = None
+    sriov: Sriov | None = None
+    boot_vga: bool | None = None
+    reset_methods: list[str] | None = None
+    bars: list[dict[str, t.Any]] | None = None
+    path: str | None = None
+
+    @property
+    def vfio_device(self) -> str | None:
+        """The node of its character device ("/dev/vfio/devices/vfio0")."""
+        return f"/dev/vfio/devices/{self.vfio_name}" if self.vfio_name else None
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether it is a PCI-to-PCI bridge (class 0604), a root or switch port included."""
+        return self.class_id is not None and self.class_id.startswith("0x0604")
+
+    @property
+    def above(self) -> list[str]:
+        """Addresses of the functions above it, from the root down."""
+        parts = (self.path or "").split("/")[:-1]
+        return [part for part in parts if is_address(part)]
+
+    def to_dict(self) -> dict[str, t.Any]:
+        """The device as the collection returns it everywhere, without ``in_use``."""
+        return {
+            "address": self.address,
+            "vendor_id": self.vendor_id,
+            "device_id": self.device_id,
+            "subsystem_vendor_id": self.subsystem_vendor_id,
+            "subsystem_device_id": self.subsystem_device_id,
+            "class_id": self.class_id,
+            "revision": self.revision,
+            "driver": self.driver,
+            "driver_override": self.driver_override,
+            "iommu_group": self.iommu_group,
+            "numa_node": self.numa_node,
+            "vfio_device": self.vfio_device,
+            "sriov": self.sriov.to_dict() if self.sriov else None,
+            "boot_vga": self.boot_vga,
+            "reset_methods": self.reset_methods,
+            "bars": self.bars,
+        }
+
+
+def list_addresses(host: Host) -> list[str]:
+    """The addresses of all functions, in order."""
+    return sorted(filter(is_address, host.listdir(DEVICES)), key=address_key)
+
+
+def read_function(host: Host, address: str) -> Function | None:
+    """One function, or None where the host has no such address.
+
+    Args:
+        host: the host.
+        address: as :func:`parse_address` returns it.
+    """
+    path = host.realpath(f"{DEVICES}/{address}")
+    return None if path is None else _read(host, address, path)
+
+
+def read_functions(host: Host) -> list[Function]:
+    """All functions, in the order of their addresses, each directory read once."""
+    functions = []
+    for address in list_addresses(host):
+        function = read_function(host, address)
+        if function is not None:
+            functions.append(function)
+    return functions
+
+
+def _read(host: Host, address: str, path: str) -> Function:
+    present = set(host.listdir(path))
+
+    def line(name: str) -> str | None:
+        return host.read_line(f"{path}/{name}") if name in present else None
+
+    def link(name: str) -> str | None:
+        return host.link_name(f"{path}/{name}") if name in present else None
+
+    modalias = line("modalias")
+    spoken = _MODALIAS.fullmatch(modalias or "")
+
+    def number(name: str, digits: int, *parts: str) -> str | None:
+        text = _hex(line(name), digits)
+        if text is None and spoken is not None:
+            text = _hex("".join(spoken[part] for part in parts), digits)
+        return text
+
+    override = line("driver_override")
+    function = Function(
+        address=address,
+        vendor_id=number("vendor", 4, "vendor"),
+        device_id=number("device", 4, "device"),
+        subsystem_vendor_id=number("subsystem_vendor", 4, "subvendor"),
+        subsystem_device_id=number("subsystem_device", 4, "subdevice"),
+        class_id=number("class", 6, "base", "sub", "interface"),
+        revision=_hex(line("revision"), 2),
+        modalias=modalias if spoken is not None else None,
+        driver=link("driver"),
+        # drivers/pci/pci-sysfs.c prints a null pointer as "(null)".
+        driver_override=None if override in (None, "(null)") else override,
+        iommu_group=_decimal(link("iommu_group")),
+        numa_node=_decimal(line("numa_node")),
+        sriov=_read_sriov(host, path, present),
+        boot_vga={"0": False, "1": True}.get(line("boot_vga") or ""),
+        path=path,
+    )
+    methods = line("reset_method")
+    if "reset_method" in present:
+        function.reset_methods = methods.split() if methods else []
+    if "resource" in present:
+        function.bars = _parse_resources(host.read_text(f"{path}/resource", 8192))
+    if "vfio-dev" in present:
+        function.vfio_name, function.vfio_number = _read_vfio(host, path)
+    return function
+
+
+def _hex(text: str | None, digits: int) -> str | None:
+    """A number in sysfs' or modalias' spelling as "0x" and that many digits; None where it is none or too large."""
+    if text is None:
+        return None
+    try:
+        value = int(text, 16)
+    except ValueError:
+        return None
+    return f"0x{value:0{digits}x}" if 0 <= value < 16**digits else None
+
+
+def _decimal(text: str | None) -> int | None:
+    """A count, or None where there is none or it is negative (a NUMA node of -1: the platform does not say)."""
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 16 else None
+
+
+def _read_sriov(host: Host, path: str, present: set[str]) -> Sriov | None:
+    if "physfn" in present:
+        name = host.link_name(f"{path}/physfn")
+        return Sriov(physfn=name) if name is not None and is_address(name) else None
+    if "sriov_totalvfs" not in present:
+        return None
+    virtual = sorted(
+        (name for name in present if re.fullmatch(r"virtfn[0-9]{1,5}", name)), key=lambda name: int(name[6:])
+    )
+    links = [host.link_name(f"{path}/{name}") for name in virtual]
+    return Sriov(
+        total_vfs=_decimal(host.read_line(f"{path}/sriov_totalvfs")),
+        num_vfs=_decimal(host.read_line(f"{path}/sriov_numvfs")),
+        vfs=[name for name in links if name is not None and is_address(name)],
+    )
+
+
+def _read_vfio(host: Host, path: str) -> tuple[str | None, str | None]:
+    """Name and number of the character device. The directory alone proves nothing: vfio makes it even where the
+    kernel has no VFIO_DEVICE_CDEV; the attribute ``dev`` is there only with a real character device."""
+    for name in host.listdir(f"{path}/vfio-dev"):
+        number = host.read_line(f"{path}/vfio-dev/{name}/dev")
+        if re.fullmatch(r"vfio[0-9]+", name) and re.fullmatch(r"[0-9]+:[0-9]+", number or ""):
+            return name, number
+    return None, None
+
+
+def _parse_resources(text: str | None) -> list[dict[str, t.Any]] | None:
+    """The BARs in the attribute ``resource``: a line each of start, end and flags. None where it cannot be read."""
+    if text is None:
+        return None
+    bars = []
+    for index, row in enumerate(text.splitlines()[:_STANDARD_BARS]):
+        try:
+            start, end, flags = (int(field, 16) for field in row.split())
+        except ValueError:
+            continue
+        if not flags or end < start:
+            continue
+        bars.append(
+            {
+                "index": index,
+                "kind": "io" if flags & _IORESOURCE_IO and not flags & _IORESOURCE_MEM else "memory",
+                "size": end - start + 1,
+                "prefetchable": bool(flags & _IORESOURCE_PREFETCH),
+                "wide": bool(flags & _IORESOURCE_MEM_64),
+            }
+        )
+    return bars

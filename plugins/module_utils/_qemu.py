@@ -1,0 +1,144 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""QEMU binaries: which there are and what each says that it can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
+
+# Where distributions, this collection and people put system emulators.
+DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/usr/libexec", "/opt/qemu/bin")
+
+_BINARY = re.compile(r"qemu-system-[a-z0-9_]+|qemu-kvm|kvm")
+_VERSION = re.compile(r"QEMU emulator version (\d+(?:\.\d+)+)(?:\s*\(([^)]*)\))?")
+
+# A binary that was built on a slow emulated host may need seconds to link its libraries.
+_TIMEOUT = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Qemu:
+    """A QEMU binary.
+
+    Attributes:
+        path: as found; :attr:`target` follows its links.
+        target: the file itself.
+        version: "10.0.13"; None where it was not asked or did not answer.
+        build: what the builder says beside the version ("Debian 1:10.0.13+ds-1"), or None.
+        iommufd: whether it has the object ``iommufd`` and vfio-pci can use it; None where it was not asked.
+        passing: whether vfio-pci and iommufd take descriptors that somebody else opened (``fd=``).
+        modified: time of the file's last change, in seconds since 1970.
+        size: bytes.
+        problem: why it did not answer, in its own words.
+    """
+
+    path: str
+    target: str
+    version: str | None = None
+    build: str | None = None
+    iommufd: bool | None = None
+    passing: bool | None = None
+    modified: int | None = None
+    size: int | None = None
+    problem: str | None = None
+
+    @property
+    def version_numbers(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in (self.version or "0").split("."))
+
+    def to_dict(self) -> dict[str, t.Any]:
+        return dataclasses.asdict(self)
+
+
+def find_binaries(host: Host) -> list[str]:
+    """Paths of the QEMU system emulators, the machine's own architecture first; names of one file only once."""
+    found: dict[str, str] = {}
+    for directory in DIRECTORIES:
+        for name in host.listdir(directory):
+            path = f"{directory}/{name}"
+            if not _BINARY.fullmatch(name) or host.which(path) is None:
+                continue
+            target = host.realpath(path)
+            if target is None or _is_script(host, target):
+                continue
+            # Of several names (/usr/bin/kvm, qemu-system-amd64) the file's own one.
+            if target not in found or path == target:
+                found[target] = path
+    return sorted(found.values(), key=lambda path: (not _is_own(path), path))
+
+
+def _is_own(path: str) -> bool:
+    """Whether a binary emulates the architecture of this machine."""
+    return os.path.basename(path) in (f"qemu-system-{os.uname().machine}", "qemu-kvm")
+
+
+def read_qemus(host: Host) -> list[Qemu]:
+    """All binaries. Those for the host's own architecture are asked (only they can give a guest a device at KVM's
+    speed); the others, of which a distribution may install thirty, are only listed."""
+    return [read_qemu(host, path, _is_own(path)) for path in find_binaries(host)]
+
+
+def read_qemu(host: Host, path: str, ask: bool = True) -> Qemu:
+    """One binary, asked what it can do.
+
+    It is asked itself: ``query-qmp-schema`` lists iommufd even where it is compiled out, and a version proves nothing,
+    so both ``-object help`` and the properties of vfio-pci are read (QEMU 9.0 and later, where it was not left out).
+
+    Args:
+        host: the host.
+        path: as the host sees it.
+        ask: whether to run it; else only the file is looked at, as always on a captured tree.
+    """
+    status = host.stat(path)
+    target = host.realpath(path)
+    if status is None or target is None:
+        return Qemu(path, path, problem="there is no such file")
+    plain = Qemu(path, target, modified=int(status.st_mtime), size=status.st_size)
+    if not host.live or not ask:
+        return plain
+    if host.which(path) is None:
+        return dataclasses.replace(plain, problem="it is not executable")
+    return _ask(plain)
+
+
+@functools.lru_cache(maxsize=64)
+def _ask(plain: Qemu) -> Qemu:
+    """Ask a binary; one answer per file, size and time of change, so that a module asks each only once."""
+    host = Host()
+    answer = host.ask([plain.path, "-version"], _TIMEOUT)
+    match = _VERSION.search(answer.stdout) if answer is not None else None
+    if match is None:
+        return dataclasses.replace(plain, problem=_words(answer))
+    device = host.ask([plain.path, "-device", "vfio-pci,help"], _TIMEOUT)
+    properties = set(re.findall(r"^\s*([\w-]+)=", device.stdout, re.MULTILINE)) if device is not None else set()
+    able = "iommufd" in properties
+    if able:  # the object could still be missing; without the property there is no need to ask
+        objects = host.ask([plain.path, "-object", "help"], _TIMEOUT)
+        able = bool(objects and re.search(r"^\s*iommufd\s*$", objects.stdout, re.MULTILINE))
+    return dataclasses.replace(
+        plain,
+        version=match[1],
+        build=match[2],
+        iommufd=able,
+        passing=able and "fd" in properties,
+    )
+
+
+def _words(output: Output | None) -> str:
+    if output is None:
+        return "it did not answer"
+    lines = (output.stderr or output.stdout).strip().splitlines()
+    return lines[-1] if lines else f"it ended with status {output.status} and said nothing"
+
+
+def _is_script(host: Host, path: str) -> bool:
+    """Whether a file is a wrapper (Debian's /usr/bin/kvm), which would only lead to a binary that is listed anyway."""
+    return (host.read_bytes(path, 2) or b"") == b"#!"

@@ -1,0 +1,328 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""What PCI functions are used for: every reason why taking one away from the host would hurt."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import re
+import stat
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
+from ansible_collections.iommufd.host.plugins.module_utils._network import Network
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, address_key, is_address, read_functions
+from ansible_collections.iommufd.host.plugins.module_utils._storage import Storage
+
+# Nodes that nearly every process has open and that lead to no PCI function; not worth a look each.
+_DULL = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/kmsg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One reason.
+
+    Attributes:
+        kind: mount, swap, lvm, raid, crypt, multipath, zfs, bcache, device-mapper, export (disks); address, route,
+            bond, bridge, team, vlan, macvlan, macvtap, ovs, upper, ssh (interfaces); console, open, guest, mdev, vfs.
+        name: what uses it: a mount point, an interface, a volume, a process, a guest.
+        detail: the chain from the function's own device up to there, in words
+            ("sda > sda2 > md0 > vg-root is mounted on /").
+    """
+
+    kind: str
+    name: str
+    detail: str
+
+    @property
+    def vital(self) -> bool:
+        """Whether not even force may take it away: the root disk and the interface that carries this connection."""
+        return self.kind == "ssh" or (self.kind == "mount" and self.name in ("/", "/usr"))
+
+    def to_dict(self) -> dict[str, t.Any]:
+        return {"kind": self.kind, "name": self.name, "detail": self.detail}
+
+
+@dataclasses.dataclass
+class Guest:
+    """A running virtual machine.
+
+    Attributes:
+        name: its name ("vm1"), or "process 1234" where it has none.
+        process: the id of its process.
+        program: "qemu-system-x86_64".
+        user: the id of the user that it runs as; None where it is not known.
+        locked_limit: its limit on locked memory in bytes; None for unlimited or unknown.
+        nodes: paths of the iommufd, vfio and KVM nodes that it has open, in order.
+        devices: addresses of the functions that it has open, in order.
+    """
+
+    name: str
+    process: int
+    program: str
+    user: int | None = None
+    locked_limit: int | None = None
+    nodes: list[str] = dataclasses.field(default_factory=list)
+    devices: list[str] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, t.Any]:
+        return dataclasses.asdict(self)
+
+
+def uses(host: Host, address: str) -> list[Use]:
+    """All uses of one function; empty when it is free. For several, ask :func:`all_uses` once.
+
+    Args:
+        host: the host.
+        address: as parse_address returns it.
+    """
+    return all_uses(host).get(address, [])
+
+
+def all_uses(host: Host, functions: t.Sequence[Function] | None = None) -> dict[str, list[Use]]:
+    """All uses of all functions by address, in one pass; a free function is not in it.
+
+    Args:
+        host: the host.
+        functions: as read_functions returns them, where they have been read already.
+    """
+    return survey_uses(host, read_functions(host) if functions is None else functions)[0]
+
+
+def survey_uses(host: Host, functions: t.Sequence[Function]) -> tuple[dict[str, list[Use]], list[Guest]]:
+    """All uses as :func:`all_uses` returns them, and the running guests, from one look at the processes."""
+    search = _Search(host, functions)
+    return search.run(), search.guests
+
+
+class _Search:
+    def __init__(self, host: Host, functions: t.Sequence[Function]) -> None:
+        self.host = host
+        self.functions = {function.address: function for function in functions}
+        self.groups: dict[int, list[Function]] = collections.defaultdict(list)
+        for function in functions:
+            if function.iommu_group is not None:
+                self.groups[function.iommu_group].append(function)
+        self.storage = Storage(host)
+        self.found: dict[str, list[Use]] = collections.defaultdict(list)
+        self.guests: list[Guest] = []
+
+    def run(self) -> dict[str, list[Use]]:
+        self._disks()
+        self._interfaces()
+        self._consoles()
+        self._mediated()
+        self._processes()
+        self._virtual_functions()  # last: it looks at what was found for the VFs
+        return dict(self.found)
+
+    def _note(self, addresses: t.Iterable[str], use: Use) -> None:
+        for address in addresses:
+            if use not in self.found[address]:
+                self.found[address].append(use)
+
+    def _behind(self, path: str | None) -> list[str]:
+        """The functions that a device in sysfs hangs on: the nearest one above it, and those above that which are no
+        bridges (an NVMe disk behind a VMD hangs on the disk's own function and on the VMD)."""
+        on_the_way = [part for part in (path or "").split("/") if is_address(part) and part in self.functions]
+        return [
+            address
+            for address in on_the_way
+            if address == on_the_way[-1] or not (self.functions[address].class_id or "0x06").startswith("0x06")
+        ]
+
+    # -- disks -----------------------------------------------------------------------------------------------------
+
+    def _functions_of_block(self, name: str) -> list[str]:
+        found: list[str] = []
+        for root in sorted(self.storage.roots(name)):
+            for path in self.storage.paths(root):
+                found.extend(self._behind(path))
+        return found
+
+    def _disks(self) -> None:
+        storage = self.storage
+        for name in storage.devices:
+            if storage.below.get(name):
+                continue
+            addresses = self._functions_of_block(name)
+            if not addresses:
+                continue
+            for chain in storage.chains(name):
+                labels = [storage.devices[one].label for one in chain]
+                for use in storage.uses.get(chain[-1], ()):
+                    self._note(addresses, Use(use.kind, use.name, f"{' > '.join(labels)} {use.words}"))
+
+    # -- interfaces ------------------------------------------------------------------------------------------------
+
+    def _interfaces(self) -> None:
+        network = Network(self.host)
+        for name, path in network.paths.items():
+            addresses = self._behind(path)
+            if not addresses:
+                continue
+            for chain in network.chains(name):
+                top, way = chain[-1], " > ".join(chain)
+                if len(chain) > 1:
+                    kind = network.kinds.get(top) or "upper"
+                    self._note(addresses, Use(kind, top, f"{way}: part of the {_LAYER.get(kind, 'interface')} {top}"))
+                for one in network.addresses.get(top, ()):
+                    self._note(addresses, Use("address", one, f"{way} has the address {one}"))
+                routes = network.routes.get(top, [])
+                for one in [route for route in routes if route.startswith("default")]:
+                    self._note(addresses, Use("route", one, f"{way} carries the host's default route{one[7:]}"))
+                others = [route for route in routes if not route.startswith("default")]
+                if others:
+                    listed = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+                    self._note(addresses, Use("route", others[0], f"{way} carries the route to {listed}"))
+                if network.connection is not None and network.connection[0] == top:
+                    peer = network.connection[1]
+                    self._note(addresses, Use("ssh", peer, f"{way} carries this very ssh connection from {peer}"))
+
+    # -- displays and serial lines ---------------------------------------------------------------------------------
+
+    def _consoles(self) -> None:
+        for function in self.functions.values():
+            if function.boot_vga and not (function.driver and is_vfio_driver(function.driver)):
+                self._note([function.address], Use("console", "display", "it is the display that the firmware started"))
+        for name in self.host.listdir("/sys/class/graphics"):
+            if re.fullmatch(r"fb\d+", name):
+                behind = self._behind(self.host.realpath(f"/sys/class/graphics/{name}/device"))
+                self._note(behind, Use("console", name, f"its frame buffer {name} is the text console"))
+        for name in (self.host.read_line("/sys/class/tty/console/active") or "").split():
+            if re.fullmatch(r"[\w.-]+", name):
+                behind = self._behind(self.host.realpath(f"/sys/class/tty/{name}"))
+                self._note(behind, Use("console", name, f"its serial line {name} is the kernel's console"))
+
+    # -- mediated devices ------------------------------------------------------------------------------------------
+
+    def _mediated(self) -> None:
+        for name in self.host.listdir("/sys/bus/mdev/devices"):
+            behind = self._behind(self.host.realpath(f"/sys/bus/mdev/devices/{name}"))
+            self._note(behind, Use("mdev", name, f"the mediated device {name} stands on it"))
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    def _processes(self) -> None:
+        leads: dict[str, list[str]] = {}
+        for name in self.host.listdir("/proc"):
+            if not name.isdigit() or name == str(os.getpid()):
+                continue
+            opened: dict[str, str] = {}
+            nodes: set[str] = set()
+            for descriptor in self.host.listdir(f"/proc/{name}/fd"):
+                link = f"/proc/{name}/fd/{descriptor}"
+                target = self.host.readlink(link) or ""
+                if not target.startswith(("/dev/", "/sys/")) or target.startswith(("/dev/pts/", *_DULL)):
+                    continue
+                if target.startswith(("/dev/iommu", "/dev/vfio/", "/dev/kvm")):
+                    nodes.add(target)
+                if target not in leads:
+                    leads[target] = self._behind_node(target, link)
+                for address in leads[target]:
+                    opened.setdefault(address, target)
+            command = self.host.read_line(f"/proc/{name}/comm") if opened or nodes else None
+            guest = self._guest(name, nodes, opened) if opened or nodes else None
+            for address, target in opened.items():
+                if guest is not None:
+                    words = f"the running guest {guest.name} ({guest.program}, process {name}) has {target} open"
+                    self._note([address], Use("guest", guest.name, words))
+                else:
+                    who = command or "unknown"
+                    self._note([address], Use("open", who, f"the process {who} ({name}) has {target} open"))
+
+    def _guest(self, process: str, nodes: t.Collection[str], opened: t.Collection[str]) -> Guest | None:
+        """The guest that a process is; None for any other program that has one of the nodes or devices open."""
+        arguments = (self.host.read_text(f"/proc/{process}/cmdline", 262144) or "").split("\0")
+        program = os.path.basename(arguments[0])
+        if not program.startswith("qemu") and program not in ("kvm", "crosvm", "cloud-hypervisor", "firecracker"):
+            return None
+        status = self.host.read_text(f"/proc/{process}/status", 65536) or ""
+        user = re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)
+        limits = self.host.read_text(f"/proc/{process}/limits", 65536) or ""
+        locked = re.search(r"^Max locked memory\s+(\d+)", limits, re.MULTILINE)
+        guest = Guest(
+            name=_guest_name(arguments) or f"process {process}",
+            process=int(process),
+            program=program,
+            user=int(user[1]) if user is not None else None,
+            locked_limit=int(locked[1]) if locked is not None else None,
+            nodes=sorted(nodes),
+            devices=sorted(opened, key=address_key),
+        )
+        self.guests.append(guest)
+        return guest
+
+    def _behind_node(self, target: str, link: str) -> list[str]:
+        """The functions behind a file that a process has open."""
+        if target.startswith("/sys/"):  # a BAR mapped by a user space driver
+            return self._behind(os.path.dirname(target)) if re.search(r"/resource\d(_wc)?$", target) else []
+        group = re.fullmatch(r"/dev/vfio/(?:noiommu-)?(\d+)", target)
+        if group is not None:
+            members = self.groups.get(int(group[1]), [])
+            return [member.address for member in members if member.driver and is_vfio_driver(member.driver)]
+        if target.startswith("/dev/vfio/devices/"):
+            name = os.path.basename(target)
+            return [function.address for function in self.functions.values() if function.vfio_name == name]
+        card = re.fullmatch(r"/dev/nvidia(\d+)", target)
+        if card is not None:
+            return self._nvidia(card[1])
+        status = self.host.stat(link) if self.host.live else None
+        if status is None:
+            return []
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        if stat.S_ISBLK(status.st_mode):
+            name = self.storage.by_number.get(number, "")
+            return self._functions_of_block(name) if name else []
+        if stat.S_ISCHR(status.st_mode):
+            return self._behind(self.host.realpath(f"/sys/dev/char/{number}"))
+        return []
+
+    def _nvidia(self, minor: str) -> list[str]:
+        """NVIDIA's own driver makes its nodes without sysfs; it says in procfs which is which."""
+        for name in self.host.listdir("/proc/driver/nvidia/gpus"):
+            text = self.host.read_text(f"/proc/driver/nvidia/gpus/{name}/information") or ""
+            if re.search(rf"^Device Minor:\s*{minor}$", text, re.MULTILINE) and name in self.functions:
+                return [name]
+        return []
+
+    # -- SR-IOV ----------------------------------------------------------------------------------------------------
+
+    def _virtual_functions(self) -> None:
+        for function in self.functions.values():
+            parent = function.sriov.physfn if function.sriov else None
+            if parent is None or parent not in self.functions:
+                continue
+            for use in list(self.found.get(function.address, ())):
+                self._note([parent], Use("vfs", function.address, f"its VF {function.address} is in use: {use.detail}"))
+            if function.driver and is_vfio_driver(function.driver) and function.address not in self.found:
+                words = f"its VF {function.address} is kept for guests on {function.driver}"
+                self._note([parent], Use("vfs", function.address, words))
+
+
+_LAYER = {
+    "bond": "bond",
+    "bridge": "bridge",
+    "team": "team",
+    "vlan": "VLAN",
+    "macvlan": "MACVLAN",
+    "macvtap": "macvtap",
+    "ipvlan": "IPVLAN",
+    "vxlan": "VXLAN",
+    "ovs": "Open vSwitch datapath",
+}
+
+
+def _guest_name(arguments: t.Sequence[str]) -> str | None:
+    """The guest's name on a QEMU command line: ``-name NAME`` or ``-name guest=NAME,debug-threads=on``."""
+    for option, value in zip(arguments, arguments[1:]):
+        if option in ("-name", "--name"):
+            named = re.search(r"(?:^|,)guest=((?:[^,]|,,)*)", value)
+            text = named[1] if named is not None else value.partition(",")[0]
+            return text.replace(",,", ",") or None
+    return None

@@ -1,0 +1,297 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: iommufd_info
+short_description: Survey a host for passing PCI devices through with iommufd
+version_added: 0.1.0
+author:
+  - the iommufd.host authors (@iommufd)
+description:
+  - Reads everything that decides whether guests can have PCI devices of a host over C(/dev/iommu), and changes nothing.
+  - >-
+    Tells for each device what the host itself uses it for, through every layer (partitions, RAID, LVM, encryption;
+    bonds, bridges, VLANs), and which checks a host fails, with a remedy for its distribution.
+  - With O(root), a captured tree (an unpacked report, an image, another container's view) is surveyed like a live host.
+extends_documentation_fragment:
+  - iommufd.host._attributes
+  - iommufd.host._attributes.actiongroup
+  - iommufd.host._attributes.reads
+options:
+  root:
+    description:
+      - Directory that is the host's C(/).
+      - Beneath any other than V(/) only files are read. Programs are not asked, so what only they could tell (whether a
+        QEMU has iommufd, for example) is null.
+    type: path
+    default: /
+seealso:
+  - module: iommufd.host.vfio_bind
+  - module: iommufd.host.guest_verify
+"""
+
+EXAMPLES = r"""
+- name: Survey this host
+  iommufd.host.iommufd_info:
+  register: survey
+
+- name: Show what keeps it from being ready
+  ansible.builtin.debug:
+    msg: "{{ item.id }}: {{ item.detail }} {{ item.remedy or '' }}"
+  loop: "{{ survey.checks | selectattr('status', 'equalto', 'fail') }}"
+  loop_control:
+    label: "{{ item.id }}"
+
+- name: Show the devices that the host itself does not use
+  ansible.builtin.debug:
+    msg: "{{ survey.devices | rejectattr('in_use') | map(attribute='address') }}"
+
+- name: Survey a captured tree
+  iommufd.host.iommufd_info:
+    root: /srv/reports/node7
+  register: captured
+"""
+
+RETURN = r"""
+distribution:
+  description: The distribution, by C(/etc/os-release).
+  returned: success
+  type: dict
+  sample:
+    id: debian
+    version_id: "13"
+    codename: trixie
+    name: Debian GNU/Linux 13 (trixie)
+    family: debian
+kernel:
+  description:
+    - The running kernel, its configuration (null where it is not kept), command line and the modules that matter.
+    - RV(kernel.virtualization) is V(vmx), V(svm) or empty, by the processor's flags.
+    - RV(kernel.vfio_cdev) tells whether the vfio that is loaded makes character devices; null while none is loaded.
+  returned: success
+  type: dict
+  sample:
+    release: 6.12.117+deb13-amd64
+    installed: [6.12.117+deb13-amd64]
+    architecture: x86_64
+    cpu_vendor: AuthenticAMD
+    virtualization: svm
+    config:
+      source: /boot/config-6.12.117+deb13-amd64
+      options: {IOMMUFD: n, VFIO_DEVICE_CDEV: n, VFIO_GROUP: y, VFIO_PCI: m}
+    command_line: BOOT_IMAGE=/boot/vmlinuz-6.12.117+deb13-amd64 root=UUID=4e1f ro console=ttyS0
+    arguments: [BOOT_IMAGE=/boot/vmlinuz-6.12.117+deb13-amd64, root=UUID=4e1f, ro, console=ttyS0]
+    modules:
+      iommufd:
+        name: iommufd
+        state: loaded
+        path: /usr/lib/modules/6.12.117+deb13-amd64/updates/dkms/iommufd.ko.xz
+        dkms: true
+    vfio_cdev: true
+iommu:
+  description:
+    - The hardware IOMMUs, and the ACPI table that describes them (V(DMAR), V(IVRS), V(IORT), V(VIOT)).
+    - RV(iommu.interrupt_isolation) tells whether interrupts of devices are remapped; null where it cannot be told.
+  returned: success
+  type: dict
+  sample:
+    enabled: true
+    units: [{name: dmar0, kind: VT-d}]
+    firmware: DMAR
+    firmware_known: true
+    interrupt_isolation: true
+    unsafe_interrupts: {vfio_iommu_type1: false, iommufd: false}
+nodes:
+  description: The device nodes with owner, group, mode, number, links to them and SELinux label; null where missing.
+  returned: success
+  type: dict
+  sample:
+    iommu:
+      path: /dev/iommu
+      owner: root
+      group: root
+      mode: "0660"
+      device: "10:124"
+      expected: "10:124"
+      links: []
+      label: null
+      acl: false
+    kvm: null
+    container: null
+    cdevs: []
+    groups: []
+groups:
+  description:
+    - The IOMMU groups with their members.
+    - RV(groups[].blocking) lists those on a driver of the host, RV(groups[].vfio) those on a vfio driver.
+      A group can only be given away as a whole.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    blocking:
+      description: Addresses of members on a driver of the host.
+      type: list
+      elements: str
+    vfio:
+      description: Addresses of members on a vfio driver.
+      type: list
+      elements: str
+  sample:
+    - number: 13
+      type: DMA-FQ
+      devices: ["0000:01:00.0"]
+      others: []
+      reserved_regions: [{start: "0xfee00000", end: "0xfeefffff", kind: msi}]
+      blocking: ["0000:01:00.0"]
+      vfio: []
+devices:
+  description:
+    - Every PCI function.
+    - RV(devices[].in_use) lists every use, and is empty for a device that is free.
+    - RV(devices[].vfio_drivers) lists the vfio drivers for it, the most specific one first, by C(modules.alias).
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    in_use:
+      description: What the host uses it for.
+      type: list
+      elements: dict
+    vfio_drivers:
+      description: Names of vfio drivers.
+      type: list
+      elements: str
+  sample:
+    - address: "0000:00:03.0"
+      vendor_id: "0x1af4"
+      device_id: "0x1042"
+      subsystem_vendor_id: "0x1af4"
+      subsystem_device_id: "0x0002"
+      class_id: "0x010000"
+      revision: "0x01"
+      driver: virtio-pci
+      driver_override: null
+      iommu_group: 2
+      numa_node: null
+      vfio_device: null
+      sriov: null
+      boot_vga: null
+      reset_methods: [pm]
+      bars: [{index: 1, kind: memory, size: 4096, prefetchable: false, wide: false}]
+      vfio_drivers: [vfio_pci]
+      in_use:
+        - kind: mount
+          name: /
+          detail: vda > vda2 is mounted on /, the host's root filesystem
+guests:
+  description: The running guests with the nodes and devices that they have open.
+  returned: success
+  type: list
+  elements: dict
+  sample:
+    - name: vm1
+      process: 1234
+      program: qemu-system-x86_64
+      user: 64055
+      locked_limit: null
+      nodes: [/dev/iommu, /dev/kvm, /dev/vfio/devices/vfio0]
+      devices: ["0000:01:00.0"]
+qemu:
+  description: The QEMU system emulators, each asked itself whether it has iommufd and takes passed descriptors.
+  returned: success
+  type: list
+  elements: dict
+  sample:
+    - path: /usr/bin/qemu-system-x86_64
+      target: /usr/bin/qemu-system-x86_64
+      version: 10.0.13
+      build: Debian 1:10.0.13+ds-0+deb13u1
+      iommufd: true
+      passing: true
+      modified: 1757080993
+      size: 28686560
+      problem: null
+libvirt:
+  description:
+    - libvirt, and the C(cgroup_device_acl) in force. Null where it is not installed.
+  returned: success
+  type: dict
+  sample:
+    version: 11.3.0-3
+    can_pass_iommufd: false
+    units: [libvirtd.service, libvirtd.socket]
+    config: /etc/libvirt/qemu.conf
+    device_acl: [/dev/null, /dev/full, /dev/zero, /dev/random, /dev/urandom, /dev/ptmx, /dev/kvm, /dev/userfaultfd]
+    device_acl_source: default
+security:
+  description: AppArmor and SELinux; null where they are not known.
+  returned: success
+  type: dict
+  sample:
+    apparmor: {enabled: true, libvirt_allows_iommu: false}
+    selinux: null
+memlock:
+  description: Limits on locked memory in C(/etc/security).
+  returned: success
+  type: list
+  elements: dict
+  sample: [{domain: "@kvm", type: "-", kib: null, file: /etc/security/limits.d/kvm.conf}]
+checks:
+  description:
+    - The readiness checks in the order in which one would mend what they find. The ids are stable.
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    id:
+      description: Its name.
+      type: str
+    status:
+      description:
+        - V(fail) keeps guests from using iommufd, V(warn) does not; V(skip) cannot be told or does not apply.
+      type: str
+    detail:
+      description: What was found.
+      type: str
+    remedy:
+      description: What to do about it on this distribution; null where there is nothing to do.
+      type: str
+  sample:
+    - id: node.iommu
+      status: fail
+      detail: "/dev/iommu is not there: the module iommufd makes it, and nothing has loaded that."
+      remedy: "Run `modprobe iommufd`, and write `iommufd` to /etc/modules-load.d/iommufd.conf for the next boot."
+"""
+
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
+
+
+def work(module: AnsibleModule) -> Outcome:
+    root = module.params["root"]
+    if not os.path.isdir(root):
+        raise OptionError("root", root, "a directory that exists")
+    return Outcome(result=survey(Host(root)))
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={"root": {"type": "path", "default": "/"}},
+        supports_check_mode=True,
+    )
+    run_module(module, work, lock=False)
+
+
+if __name__ == "__main__":
+    main()
