@@ -1,0 +1,291 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: udev_access
+short_description: Decide who may open /dev/iommu and the vfio character devices
+version_added: 0.1.0
+author:
+  - The iommufd.host authors (@iommufd-host)
+description:
+  - Writes one udev rules file for C(/dev/iommu), the vfio character devices (cdevs, C(/dev/vfio/devices/vfioN)) and,
+    where wanted, the legacy group nodes (C(/dev/vfio/N)).
+  - The live nodes are brought in line at once. Only nodes that differ are triggered, and each is checked afterwards.
+    One that did not follow is a failure that names the rule that won, and everything is put back as it was.
+  - A node that is not there yet (module not loaded, device not bound) gets its access when it appears.
+  - For a node that others write rules for, too, the last rule counts. The default O(path) is read after everything
+    that distributions ship, and before the C(99-) files of the administrator.
+options:
+  nodes:
+    description:
+      - The nodes to give access to. Either a name, or a dictionary with a name and its own owner, group and mode.
+      - An empty list leaves all nodes as the kernel makes them (root only), which is right where a launcher opens
+        them and passes the descriptors. The names that O(symlinks) makes are then the only thing the rules do.
+      - The list is complete. Nodes that an earlier list of this module named get the kernel's default back.
+    type: list
+    elements: raw
+    default: [iommu, cdevs]
+    suboptions:
+      name:
+        description: C(iommu), C(cdevs) or C(groups).
+        type: str
+        required: true
+      owner:
+        description: Instead of O(owner).
+        type: str
+      group:
+        description: Instead of O(group).
+        type: str
+      mode:
+        description: Instead of O(mode).
+        type: str
+  owner:
+    description:
+      - User that owns the nodes.
+      - The user must exist, in the host's own user database. udev starts before directory services.
+    type: str
+    default: root
+  group:
+    description:
+      - Group of the nodes. QEMU's user is a member of V(kvm) on Debian and Ubuntu.
+      - The group must exist, in the host's own group database. udev starts before directory services.
+    type: str
+    default: kvm
+  mode:
+    description:
+      - Mode of the nodes, an octal string in quotes.
+      - A mode that lets everybody in is refused, see O(allow_world).
+    type: raw
+    default: "0660"
+  allow_world:
+    description:
+      - Accept a O(mode) with access for everybody. Any program of any user on the host can then take the devices.
+    type: bool
+    default: false
+  symlinks:
+    description:
+      - Give each cdev a stable name, C(/dev/vfio/by-path/pci-0000:02:00.0), which leads to its present
+        C(/dev/vfio/devices/vfioN). The numbers change at boot, the name does not.
+      - Nothing else makes names in that directory. The kernel uses numbers, C(vfio), C(devices) and C(noiommu-N).
+    type: bool
+    default: true
+  path:
+    description: The rules file. Its directory must be one that udev reads.
+    type: path
+    default: /etc/udev/rules.d/90-iommufd-host.rules
+  state:
+    description:
+      - With V(absent) the file is removed and the nodes it covered get the kernel's default back, C(/dev/iommu) 0660
+        root:root and the cdevs 0600 root:root, or what other rules say.
+    type: str
+    choices: [present, absent]
+    default: present
+  pending:
+    description:
+      - An earlier task of the same play is going to create the user or group, or install packages that do.
+      - Only honoured in check mode, where a missing user or group is then a warning.
+    type: bool
+    default: false
+requirements:
+  - systemd-udevd. The syntax of the rules is checked with C(udevadm verify) where it exists (systemd 254 and later).
+extends_documentation_fragment:
+  - iommufd.host._attributes
+  - iommufd.host._attributes.actiongroup
+  - iommufd.host._attributes.changes
+seealso:
+  - module: iommufd.host.cgroup_acl
+    description: The other gate before these nodes.
+"""
+
+EXAMPLES = r"""
+- name: Let group kvm open /dev/iommu and the cdevs
+  iommufd.host.udev_access:
+    group: kvm
+    mode: "0660"
+
+- name: Leave the nodes to root, and give the cdevs stable names
+  iommufd.host.udev_access:
+    nodes: []
+
+- name: Another group for the cdevs
+  iommufd.host.udev_access:
+    nodes:
+      - iommu
+      - name: cdevs
+        group: disk
+        mode: "0640"
+
+- name: As it was
+  iommufd.host.udev_access:
+    state: absent
+"""
+
+RETURN = r"""
+file:
+  description: The rules file.
+  returned: success
+  type: str
+  sample: /etc/udev/rules.d/90-iommufd-host.rules
+nodes:
+  description: The live nodes that the module looks after, as they are now (in check mode, as they are before).
+  returned: success
+  type: list
+  elements: dict
+  contains:
+    path:
+      description: The node.
+      type: str
+    kind:
+      description: C(iommu), C(cdevs) or C(groups).
+      type: str
+    owner:
+      description: Its owner.
+      type: str
+    group:
+      description: Its group.
+      type: str
+    mode:
+      description: Its mode, four octal digits.
+      type: str
+    symlink:
+      description: Its stable name, null where it has none.
+      type: str
+  sample:
+    - {group: kvm, kind: iommu, mode: "0660", owner: root, path: /dev/iommu, symlink: null}
+    - group: kvm
+      kind: cdevs
+      mode: "0660"
+      owner: root
+      path: /dev/vfio/devices/vfio0
+      symlink: /dev/vfio/by-path/pci-0000:00:12.0
+waiting:
+  description: Kinds of nodes that are wanted and of which there is none yet; they follow the rules when they appear.
+  returned: success
+  type: list
+  elements: str
+  sample: [cdevs]
+plan:
+  description: The steps, in order.
+  returned: success
+  type: list
+  elements: str
+  sample:
+    - write /etc/udev/rules.d/90-iommufd-host.rules
+    - have udev apply the rules to /dev/iommu
+"""
+
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.iommufd.host.plugins.module_utils import _udev
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import Accounts
+
+ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
+    "nodes": {"type": "list", "elements": "raw", "default": ["iommu", "cdevs"]},
+    "owner": {"type": "str", "default": "root"},
+    "group": {"type": "str", "default": "kvm"},
+    "mode": {"type": "raw", "default": "0660"},
+    "allow_world": {"type": "bool", "default": False},
+    "symlinks": {"type": "bool", "default": True},
+    "path": {"type": "path", "default": _udev.DEFAULT_PATH},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    "pending": {"type": "bool", "default": False},
+}
+
+
+def parse_nodes(
+    host: Host, params: t.Mapping[str, t.Any], missing: t.Callable[[str], None] | None
+) -> dict[str, _udev.Access]:
+    """The wanted access by kind of node.
+
+    Raises:
+        OptionError: an entry, an owner, a group or a mode that cannot be accepted.
+    """
+    accounts = Accounts(host)
+    accepted = f"one of {', '.join(_udev.KINDS)}, or a dictionary with name and any of owner, group, mode"
+    _udev.parse_mode("mode", params["mode"], params["allow_world"])
+    wanted: dict[str, _udev.Access] = {}
+    for index, entry in enumerate(params["nodes"]):
+        option = f"nodes[{index}]"
+        settings = dict(entry) if isinstance(entry, dict) else {"name": entry}
+        name = settings.pop("name", None)
+        unknown = set(settings) - {"owner", "group", "mode"}
+        if not isinstance(name, str) or name not in _udev.KINDS or unknown:
+            raise OptionError(option, entry, accepted)
+        if name in wanted:
+            raise OptionError(option, entry, "each name once")
+        given = {key: value for key, value in settings.items() if value is not None}
+        mode_option = f"{option}.mode" if "mode" in given else "mode"
+        mode = _udev.parse_mode(mode_option, given.get("mode", params["mode"]), params["allow_world"])
+        owner, group = (given.get(key, params[key]) for key in ("owner", "group"))
+        prefix = f"{option}." if {"owner", "group"} & set(given) else ""
+        wanted[name] = _udev.resolve_access(accounts, prefix, str(owner), str(group), mode, missing)
+    return wanted
+
+
+def parse_path(value: str) -> str:
+    """The rules file's path.
+
+    Raises:
+        OptionError: udev would not read it.
+    """
+    directory, _slash, name = value.rpartition("/")
+    directories = ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d")
+    if directory not in directories or not name.endswith(".rules") or name.startswith("."):
+        raise OptionError("path", value, "a file that ends in .rules in " + ", ".join(directories))
+    return value
+
+
+def work(module: AnsibleModule) -> Outcome:
+    params = module.params
+    host = Host()
+    path = parse_path(params["path"])
+    warnings: list[str] = []
+    present = params["state"] == "present"
+    pending = params["pending"] and module.check_mode
+    wanted: dict[str, _udev.Access] = {}
+    if present:
+        wanted = parse_nodes(host, params, warnings.append if pending else None)
+        if not wanted and not params["symlinks"]:
+            raise OptionError("nodes", [], "at least one node, or symlinks: true, or state: absent", "nothing to do")
+    state = _udev.read_state(host, path)
+    if host.which("udevadm") is None:
+        if present or state.content is not None:
+            raise HostError("udevadm is not installed: this host does not use systemd-udevd.")
+        plan = None
+    elif present:
+        plan = _udev.plan_present(state, wanted, params["symlinks"], host)
+        if plan.changed and not warnings:
+            _udev.check_syntax(host, _udev.rules_text(wanted, params["symlinks"]))
+    else:
+        plan = _udev.plan_absent(state, host)
+
+    def result(now: _udev.State) -> dict[str, t.Any]:
+        kinds = {node.kind for node in now.nodes}
+        return {
+            "file": path,
+            "nodes": [node.to_dict() for node in now.nodes],
+            "waiting": [kind for kind in wanted if kind not in kinds],
+        }
+
+    def after() -> dict[str, t.Any]:
+        return result(_udev.read_state(host, path))
+
+    return Outcome(plan, result(state), after, warnings)
+
+
+def main() -> None:
+    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
+    run_module(module, work)
+
+
+if __name__ == "__main__":
+    main()
