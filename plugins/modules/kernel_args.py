@@ -1,0 +1,200 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: kernel_args
+short_description: Have the kernel arguments that the IOMMU needs in every boot entry
+version_added: 0.1.0
+author:
+  - The iommufd.host authors (@iommufd-host)
+description:
+  - Decides which arguments the machine's IOMMU needs, puts them with those of O(args) into the boot loader's
+    configuration, and says whether the host must be rebooted for them to take effect. It never reboots.
+  - Most machines need none. AMD, Arm and virtio IOMMUs are on whenever the firmware offers them, and so is Intel's in
+    kernels that are built so, as Debian's are (for everything but integrated graphics). C(intel_iommu=on) is set where
+    the kernel leaves VT-d off, or where somebody configured C(intel_iommu=off).
+  - Arguments of others are never taken out. One that is there already is not added again.
+  - GRUB as Debian and its derivatives set it up, by the drop-in file C(/etc/default/grub.d/60-iommufd-host.cfg), which
+    reaches recovery entries too. C(grub.cfg) is replaced in one step.
+options:
+  args:
+    description:
+      - Further arguments, in order. C(iommu=pt), for example, lets devices of the host go past the IOMMU, which is
+        faster for them and gives up the host's protection against them.
+      - The list is complete. Arguments that an earlier list of this module named are taken out.
+    type: list
+    elements: str
+    default: []
+  iommu:
+    description:
+      - With V(auto), the arguments that the IOMMU needs are added. A machine without an IOMMU is an error then.
+      - With V(ignore), only O(args) count.
+    type: str
+    choices: [auto, ignore]
+    default: auto
+  state:
+    description: With V(absent), everything that this module configured is taken out.
+    type: str
+    choices: [present, absent]
+    default: present
+extends_documentation_fragment:
+  - iommufd.host._attributes
+  - iommufd.host._attributes.actiongroup
+  - iommufd.host._attributes.changes
+"""
+
+EXAMPLES = r"""
+- name: Have the IOMMU on
+  iommufd.host.kernel_args:
+  register: arguments
+
+- name: Reboot where that is needed
+  ansible.builtin.reboot:
+  when: arguments.reboot_required
+
+- name: A further argument, whatever the IOMMU needs
+  iommufd.host.kernel_args:
+    args:
+      - intel_iommu=on
+    iommu: ignore
+
+- name: As it was
+  iommufd.host.kernel_args:
+    state: absent
+"""
+
+RETURN = r"""
+args:
+  description: The arguments that are configured by this module.
+  returned: success
+  type: list
+  elements: str
+  sample: [intel_iommu=on]
+iommu:
+  description: The machine's IOMMU.
+  returned: success
+  type: dict
+  contains:
+    kind:
+      description: V(VT-d), V(AMD-Vi), V(SMMU), V(virtio-iommu), or null where the firmware announces none.
+      type: str
+    "on":
+      description: Whether the running kernel uses it, that is, has devices in IOMMU groups.
+      type: bool
+    arguments:
+      description: The arguments it needs to be on.
+      type: list
+      elements: str
+    reason:
+      description: Why these, or why none.
+      type: str
+  sample:
+    arguments: []
+    kind: VT-d
+    "on": true
+    reason: VT-d is on without any argument in this kernel (/boot/config-6.12.117+deb13-amd64)
+cmdline:
+  description: Kernel command lines.
+  returned: success
+  type: dict
+  contains:
+    booted:
+      description: That of the running kernel.
+      type: str
+    configured:
+      description: What a normal boot entry gets from the configuration, without the root file system and the like. Null
+        where the boot loader is not known and nothing needs to be set.
+      type: str
+  sample:
+    booted: BOOT_IMAGE=/boot/vmlinuz-6.12.117+deb13-amd64 root=/dev/vda1 ro console=ttyS0
+    configured: console=ttyS0
+boot_loader:
+  description: The boot loader, null where it is not known and nothing needs to be set.
+  returned: success
+  type: str
+  sample: grub
+reboot_required:
+  description: Whether the host must be rebooted for the arguments to take effect.
+  returned: success
+  type: bool
+  sample: false
+reboot_reasons:
+  description: Why.
+  returned: success
+  type: list
+  elements: str
+  sample: []
+plan:
+  description: The steps, in order.
+  returned: success
+  type: list
+  elements: str
+  sample:
+    - write /etc/default/grub.d/60-iommufd-host.cfg
+    - write the boot entries (/boot/grub/grub.cfg)
+"""
+
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.iommufd.host.plugins.module_utils import _boot
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
+
+ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
+    "args": {"type": "list", "elements": "str", "default": []},
+    "iommu": {"type": "str", "choices": ["auto", "ignore"], "default": "auto"},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+}
+
+
+def work(module: AnsibleModule) -> Outcome:
+    host = Host()
+    _boot.check_arguments("args", module.params["args"])
+    if module.params["state"] == "absent":
+        decided = _boot.decide_absent(host, module.params["args"])
+    else:
+        decided = _boot.decide_present(host, module.params["args"], module.params["iommu"] == "auto")
+    return Outcome(
+        plan=decided.plan,
+        result=_result(decided),
+        after=lambda: _verify(host, decided),
+        warnings=decided.warnings,
+    )
+
+
+def _result(decided: _boot.Decided) -> dict[str, t.Any]:
+    return {
+        "args": decided.args,
+        "iommu": decided.iommu.to_dict(),
+        "cmdline": {"booted": " ".join(decided.booted), "configured": decided.configured},
+        "boot_loader": decided.loader.name if decided.loader is not None else None,
+        "reboot_required": bool(decided.reasons),
+        "reboot_reasons": decided.reasons,
+    }
+
+
+def _verify(host: Host, decided: _boot.Decided) -> dict[str, t.Any]:
+    if decided.plan.changed and decided.loader is not None:
+        left: Plan = type(decided.loader)(host).plan(decided.args, decided.gone)
+        if left.changed:
+            raise HostError(
+                "The boot entries do not have the arguments they should have; another file in /etc/default/grub.d or "
+                f"/etc/grub.d probably overrides them. Still to be done: {'; '.join(left.summary())}."
+            )
+    return {}
+
+
+def main() -> None:
+    run_module(AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True), work)
+
+
+if __name__ == "__main__":
+    main()
