@@ -1,0 +1,588 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Which PCI functions go to a guest's driver or back to the host: selection, refusals, plan.
+
+The plan covers all functions of a call and their whole IOMMU groups before any is touched, and is refused as a whole
+when a part of it is unsafe or impossible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
+    Group,
+    blocks,
+    is_vfio_driver,
+    read_groups,
+    viable_with,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
+    Config,
+    Module,
+    ModuleIndex,
+    modules_directory,
+    read_config,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._pci import (
+    Function,
+    address_key,
+    nearest_addresses,
+    parse_address,
+    read_function,
+    read_functions,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._persistence import Entry, plan_persistence, read_entries
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step
+from ansible_collections.iommufd.host.plugins.module_utils._usage import Use, all_uses
+from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
+    NO_CDEV,
+    Bind,
+    LoadDriver,
+    Release,
+    cdev_ready,
+    cdev_supported,
+)
+
+ACCEPTED_SELECTOR = "a PCI address such as 0000:02:00.0, or a dictionary with the key address"
+ACCEPTED_DRIVER = "vfio-pci, the name of a variant of it such as mlx5_vfio_pci, or auto"
+
+IOMMU_OFF = (
+    "the IOMMU is off. Turn it on in the firmware (VT-d, AMD-Vi) and in the kernel (role iommufd.host.kernel; "
+    "on Intel the argument intel_iommu=on), and reboot"
+)
+
+_DRIVER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user wants.
+
+    Attributes:
+        devices: selectors as written: addresses, or dictionaries with ``address``.
+        bound: True: to a vfio driver; False: back to the host.
+        persistent: whether that also holds after a reboot.
+        force: take also what is in use, but never the root disk or the interface of this connection.
+        include_group: take the companions in the IOMMU groups along.
+        driver: a vfio driver's name, or "auto".
+        require_cdev: whether a character device must appear.
+        timeout: seconds for a driver to let go.
+        pending: the IOMMU, modules or packages are only about to come (check mode of a whole play).
+    """
+
+    devices: t.Sequence[t.Any]
+    bound: bool = True
+    persistent: bool = True
+    force: bool = False
+    include_group: bool = False
+    driver: str = "vfio-pci"
+    require_cdev: bool = True
+    timeout: float = 30.0
+    pending: bool = False
+
+
+@dataclasses.dataclass
+class Situation:
+    """What was read from the host before anything is decided.
+
+    Attributes:
+        functions: all PCI functions by address.
+        groups: IOMMU groups by number.
+        uses: uses by address.
+        kept: what is kept across reboots now.
+        index: modules of the running kernel.
+        config: the running kernel's configuration, where it is known.
+        cdev_supported: whether the loaded vfio makes character devices; None while it is not loaded.
+    """
+
+    functions: dict[str, Function]
+    groups: dict[int, Group]
+    uses: dict[str, list[Use]]
+    kept: dict[str, Entry]
+    index: ModuleIndex
+    config: Config | None = None
+    cdev_supported: bool | None = None
+
+
+@dataclasses.dataclass
+class Move:
+    """One function of a call.
+
+    Attributes:
+        function: as it is before.
+        reason: why it is part of the call.
+        named: whether its address stands in the call (a companion's does not).
+        to: driver that it shall have; None: whatever the host has for it.
+        needed: whether anything has to be done with it now.
+        expected: modules of the host that claim it, for its way back.
+    """
+
+    function: Function
+    reason: str
+    named: bool
+    to: str | None = None
+    needed: bool = False
+    expected: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        return self.function.address
+
+
+@dataclasses.dataclass
+class Binding:
+    """A decided call: its moves, the plan that carries them out, and what the user should know."""
+
+    moves: list[Move]
+    plan: Plan
+    kept: dict[str, Entry]
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_situation(host: Host) -> Situation:
+    """Read all that a decision depends on."""
+    functions = read_functions(host)
+    return Situation(
+        functions={function.address: function for function in functions},
+        groups=read_groups(host),
+        uses=all_uses(host, functions),
+        kept=read_entries(host),
+        index=ModuleIndex(host),
+        config=read_config(host),
+        cdev_supported=cdev_supported(host),
+    )
+
+
+# -- selection -----------------------------------------------------------------------------------------------------
+
+
+def select(host: Host, situation: Situation, request: Request) -> tuple[list[Move], list[str]]:
+    """The functions that the selectors name, in the order of their addresses, each once.
+
+    Returns:
+        The moves, and the addresses of devices that are no longer there but still in the file of those kept.
+
+    Raises:
+        OptionError: a selector is malformed or names what the host does not have.
+    """
+    moves: dict[str, Move] = {}
+    gone: list[str] = []
+    for number, selector in enumerate(request.devices):
+        option = f"devices[{number}]"
+        value = selector
+        if isinstance(selector, dict):
+            if set(selector) != {"address"}:
+                raise OptionError(option, selector, ACCEPTED_SELECTOR)
+            option, value = f"{option}.address", selector["address"]
+        elif not isinstance(selector, str):
+            raise OptionError(option, selector, ACCEPTED_SELECTOR)
+        address = parse_address(option, value)
+        function = situation.functions.get(address)
+        if function is not None:
+            moves.setdefault(address, Move(function, f"named by {option}", named=True))
+        elif not request.bound and address in situation.kept:
+            gone.append(address)
+        else:
+            near = ", ".join(nearest_addresses(host, address)) or "none, it has no PCI devices"
+            raise OptionError(
+                option, value, f"an address of a device of this host; the nearest: {near}", "there is no such device"
+            )
+    return [moves[address] for address in sorted(moves, key=address_key)], gone
+
+
+def companions(situation: Situation, moves: t.Sequence[Move], bound: bool) -> list[Move]:
+    """The other members of the moves' groups that must go along: on a host driver (they block) or on vfio already."""
+    found: dict[str, Move] = {}
+    chosen = {move.address for move in moves}
+    for move in moves:
+        number = move.function.iommu_group
+        group = None if number is None else situation.groups.get(number)
+        for address in group.members if group else ():
+            function = situation.functions.get(address)
+            if function is None or address in chosen or function.is_bridge:
+                continue
+            vfio = function.driver is not None and is_vfio_driver(function.driver)
+            if vfio or (bound and blocks(function)):
+                why = f"companion of {move.address} in IOMMU group {number} (include_group)"
+                found.setdefault(address, Move(function, why, named=False))
+    return [found[address] for address in sorted(found, key=address_key)]
+
+
+def check_driver(name: str) -> None:
+    """Refuse a name that is no vfio driver: the devices would end up anywhere.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if name != "auto" and not (_DRIVER_NAME.fullmatch(name) and is_vfio_driver(name)):
+        raise OptionError("driver", name, ACCEPTED_DRIVER)
+
+
+def driver_for(situation: Situation, function: Function, driver: str) -> str:
+    """The vfio driver for a function: the one named, or with "auto" the most specific that modules.alias offers.
+
+    A variant's driver is called like its module (``KBUILD_MODNAME`` in drivers/vfio/pci/*/main.c); vfio-pci alone
+    writes itself with a hyphen.
+    """
+    if driver != "auto":
+        return driver
+    modules = situation.index.vfio_drivers_for(function.modalias) if function.modalias else []
+    best = modules[0] if modules else "vfio_pci"
+    return "vfio-pci" if best == "vfio_pci" else best
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Refusals:
+    """What speaks against a call, collected so that all of it is said at once."""
+
+    found: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
+
+    def add(self, reason: str, address: str | None = None, uses: t.Sequence[Use] = ()) -> None:
+        if all(one["reason"] != reason for one in self.found):
+            self.found.append({"address": address, "reason": reason, "uses": [use.to_dict() for use in uses]})
+
+    def speak(self, hint: str) -> None:
+        if not self.found:
+            return
+        reasons = " ".join(one["reason"][0].upper() + one["reason"][1:] + "." for one in self.found)
+        raise Refusal(f"Refused, and nothing has been changed. {reasons}{hint}", refusals=self.found)
+
+
+def _refuse_uses(refusals: _Refusals, situation: Situation, move: Move, force: bool) -> bool:
+    """Add what uses a function; returns whether force (with the address written out) would help."""
+    found = situation.uses.get(move.address, [])
+    forced = force and move.named
+    counting = [use for use in found if use.vital or not forced]
+    if not counting:
+        return False
+    words = "; ".join(use.detail for use in counting)
+    refusals.add(f"{move.address} is in use: {words}", move.address, counting)
+    return not any(use.vital for use in counting)
+
+
+def _refuse_virtual(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
+    """A physical function's driver takes its VFs along when it goes."""
+    sriov = move.function.sriov
+    if sriov is None or not sriov.num_vfs:
+        return
+    busy = []
+    for address in sriov.vfs:
+        function = situation.functions.get(address)
+        driver = function.driver if function else None
+        if address in chosen or situation.uses.get(address) or (driver is not None and is_vfio_driver(driver)):
+            busy.append(address)
+    if busy or not (force and move.named):
+        which = f", of which {', '.join(busy)} are given to guests or in use" if busy else ""
+        refusals.add(
+            f"{move.address} has {sriov.num_vfs} virtual functions{which}; they go when its driver does. "
+            "Set their number to 0 first",
+            move.address,
+        )
+
+
+def _refuse_group(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
+    number = move.function.iommu_group
+    if number is None:
+        refusals.add(f"{move.address} has no IOMMU group: {IOMMU_OFF}", move.address)
+        return
+    group = situation.groups.get(number)
+    if group is None:
+        return
+    blocking = viable_with(group, situation.functions, chosen)
+    if blocking:
+        listed = ", ".join(f"{one.address} ({one.driver})" for one in blocking)
+        mine = ", ".join(sorted((one for one in group.members if one in chosen), key=address_key))
+        refusals.add(
+            f"IOMMU group {number} of {mine} also holds {listed}, which {'is' if len(blocking) == 1 else 'are'} on "
+            "drivers of the host; a group goes to a guest as a whole or not at all (include_group=true takes it all)",
+            move.address,
+        )
+
+
+def _refuse_driver(refusals: _Refusals, situation: Situation, driver: str, require_cdev: bool) -> None:
+    module: Module = situation.index.state(driver)
+    if not module.usable:
+        refusals.add(
+            f"kernel {situation.index.kernel or 'of this host'} has no module {driver}; install the kernel's full set "
+            "of modules, or choose another driver"
+        )
+    elif require_cdev and not _cdev_possible(situation):
+        refusals.add(NO_CDEV)
+
+
+def _cdev_possible(situation: Situation) -> bool:
+    if situation.cdev_supported is not None:
+        return situation.cdev_supported
+    # Not loaded yet. Modules that were installed beside the kernel's own may have what its configuration lacks.
+    vfio = situation.index.state("vfio")
+    return vfio.dkms or situation.config is None or situation.config.get("VFIO_DEVICE_CDEV") == "y"
+
+
+# -- decisions -----------------------------------------------------------------------------------------------------
+
+
+def decide(host: Host, situation: Situation, request: Request) -> Binding:
+    """Turn a request into a plan.
+
+    Raises:
+        OptionError: a selector or the driver is not acceptable.
+        Refusal: the call is unsafe or impossible; all reasons at once, as data in ``refusals``.
+    """
+    check_driver(request.driver)
+    moves, gone = select(host, situation, request)
+    if request.include_group:
+        moves = sorted(
+            [*moves, *companions(situation, moves, request.bound)], key=lambda move: address_key(move.address)
+        )
+    warnings: list[str] = []
+    if request.bound:
+        _decide_bound(situation, request, moves, warnings)
+    else:
+        _decide_unbound(host, situation, request, moves)
+    kept = {address: entry for address, entry in situation.kept.items() if address not in gone}
+    for move in moves:
+        kept.pop(move.address, None)
+        if request.bound and request.persistent and move.to is not None:
+            kept[move.address] = _entry(move.function, move.to)
+    plan = Plan(_live_steps(host, request, moves))
+    plan.add(*plan_persistence(host, kept, _Claims(host, situation)))
+    return Binding(moves, plan, kept, warnings)
+
+
+def _decide_bound(situation: Situation, request: Request, moves: list[Move], warnings: list[str]) -> None:
+    refusals = _Refusals()
+    chosen = {move.address for move in moves}
+    helps = False
+    for move in moves:
+        function = move.function
+        if function.is_bridge:
+            refusals.add(
+                f"{move.address} is a PCI bridge; it stays with the host. Name the devices behind it", move.address
+            )
+            continue
+        move.to = driver_for(situation, function, request.driver)
+        ready = not request.require_cdev or function.vfio_name is not None
+        move.needed = not (function.driver == move.to and function.driver_override == move.to and ready)
+        if function.driver != move.to:
+            helps = _refuse_uses(refusals, situation, move, request.force) or helps
+            _refuse_virtual(refusals, situation, move, chosen, request.force)
+        if not (request.pending and function.iommu_group is None):
+            _refuse_group(refusals, situation, move, chosen)
+        if move.needed and not request.pending:
+            _refuse_driver(refusals, situation, move.to, request.require_cdev)
+    if request.pending and any(move.function.iommu_group is None for move in moves):
+        warnings.append(
+            "The IOMMU is not on yet, so that the groups of these devices are unknown; whether each group can go to a "
+            "guest as a whole is checked when it is real."
+        )
+    hint = " With force=true a device is taken although it is in use, if its address is written out."
+    refusals.speak(hint if helps and not request.force else "")
+
+
+def _decide_unbound(host: Host, situation: Situation, request: Request, moves: list[Move]) -> None:
+    refusals = _Refusals()
+    chosen = {move.address for move in moves}
+    for move in moves:
+        function = move.function
+        claims = _Claims(host, situation)
+        on_vfio = function.driver is not None and is_vfio_driver(function.driver)
+        override = function.driver_override
+        # Somebody else's override to a driver of the host is not ours to clear.
+        ours = override is not None and is_vfio_driver(override)
+        unfinished = function.driver is None and move.address in situation.kept
+        move.needed = on_vfio or ours or unfinished
+        move.expected = tuple(claims.modules(situation.index, function))
+        if not on_vfio:
+            continue
+        _refuse_uses(refusals, situation, move, request.force)
+        number = function.iommu_group
+        group = None if number is None else situation.groups.get(number)
+        for address in group.members if group else ():
+            # While a guest holds the group no driver of the host may join it (EBUSY).
+            for use in situation.uses.get(address, []) if address not in chosen else ():
+                if use.kind in ("guest", "open"):
+                    refusals.add(
+                        f"{move.address} shares IOMMU group {number} with {address}, which is in use: {use.detail}",
+                        move.address,
+                        [use],
+                    )
+    refusals.speak("")
+
+
+def _entry(function: Function, driver: str) -> Entry:
+    if function.vendor_id is None or function.device_id is None:
+        raise HostError(f"{function.address} does not tell its vendor and device; it cannot be recognized at boot")
+    return Entry(function.address, driver, f"{function.vendor_id[2:]}:{function.device_id[2:]}")
+
+
+def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[Step]:
+    steps: list[Step] = []
+    needed = [move for move in moves if move.needed]
+    if request.bound:
+        for driver in sorted({move.to for move in needed if move.to is not None}):
+            if not host.is_dir(f"/sys/bus/pci/drivers/{driver}"):
+                steps.append(
+                    LoadDriver(
+                        f"load {driver}",
+                        f"module {driver}",
+                        "not loaded",
+                        "loaded",
+                        driver=driver,
+                        module=driver,
+                        require_cdev=request.require_cdev,
+                        host=host,
+                    )
+                )
+    for move in needed:
+        function = move.function
+        had = function.driver or "no driver"
+        before = _state_text(function.driver, function.driver_override)
+        if move.to is not None:
+            steps.append(
+                Bind(
+                    f"bind {move.address} to {move.to} (it has {had}; {move.reason})",
+                    move.address,
+                    before,
+                    _state_text(move.to, move.to) + f"reason: {move.reason}\n",
+                    address=move.address,
+                    driver=move.to,
+                    from_driver=function.driver,
+                    from_override=function.driver_override,
+                    require_cdev=request.require_cdev,
+                    timeout=request.timeout,
+                    host=host,
+                )
+            )
+        else:
+            back = " or ".join(move.expected) if move.expected else "none, no driver of the host claims it"
+            steps.append(
+                Release(
+                    f"give {move.address} back to the host (it has {had}; {move.reason})",
+                    move.address,
+                    before,
+                    _state_text(back, None) + f"reason: {move.reason}\n",
+                    address=move.address,
+                    from_driver=function.driver,
+                    from_override=function.driver_override,
+                    modalias=function.modalias,
+                    expected=move.expected,
+                    timeout=request.timeout,
+                    host=host,
+                )
+            )
+    return steps
+
+
+def _state_text(driver: str | None, override: str | None) -> str:
+    return f"driver: {driver or 'none'}\ndriver_override: {override or 'none'}\n"
+
+
+class _Claims:
+    """Which drivers of the host claim a function, for each installed kernel."""
+
+    def __init__(self, host: Host, situation: Situation) -> None:
+        self._host = host
+        self._situation = situation
+        self._indexes: dict[str, ModuleIndex] = {}
+        self._builtin: dict[str, list[tuple[str, str]]] = {}
+
+    def __call__(self, release: str, address: str) -> bool:
+        """Whether a kernel has a driver of the host for a function; when in doubt, it has."""
+        index = self._indexes.setdefault(release, ModuleIndex(self._host, release))
+        function = self._situation.functions.get(address)
+        if function is None or function.modalias is None or not index.dependencies:
+            return True
+        return bool(self.modules(index, function))
+
+    def modules(self, index: ModuleIndex, function: Function) -> list[str]:
+        """Names of the modules, built-in ones included, without the vfio drivers."""
+        if function.modalias is None:
+            return []
+        names = index.drivers_for(function.modalias)
+        names += [name for name in self._builtin_for(index, function.modalias) if name not in names]
+        return [name for name in names if not is_vfio_driver(name)]
+
+    def _builtin_for(self, index: ModuleIndex, modalias: str) -> list[str]:
+        """Built-in drivers: modules.alias has no line for them, modules.builtin.modinfo has ("NAME.alias=pci:…")."""
+        if index.kernel is None:
+            return []
+        if index.kernel not in self._builtin:
+            text = self._host.read_text(f"{modules_directory(self._host, index.kernel)}/modules.builtin.modinfo") or ""
+            self._builtin[index.kernel] = re.findall(r"(?:^|\0)([\w-]+)\.alias=(pci:[^\0]*)", text)
+        vendor = modalias[:13]
+        found = []
+        for name, pattern in self._builtin[index.kernel]:
+            if pattern.startswith((vendor, "pci:v*")) and name not in found:
+                words = "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern))
+                if re.fullmatch(words, modalias):
+                    found.append(name)
+        return found
+
+
+# -- afterwards ----------------------------------------------------------------------------------------------------
+
+
+def verify(host: Host, request: Request, binding: Binding) -> None:
+    """Look at the host again: every function must have what was promised.
+
+    A driver of the host that does not take its device back is none of our doing: that is a warning.
+
+    Raises:
+        HostError: one does not; ``details`` has ``unkept``.
+    """
+    unkept = []
+    for move in binding.moves:
+        function = read_function(host, move.address)
+        if function is None:
+            unkept.append(f"{move.address} is no longer there")
+        elif move.to is None:
+            if function.driver is not None and is_vfio_driver(function.driver):
+                unkept.append(f"{move.address} is still bound to {function.driver}")
+            elif move.expected and function.driver is None and move.needed:
+                binding.warnings.append(
+                    f"{move.address} has no driver now: {' or '.join(move.expected)} of the host claims it and did not "
+                    "take it (blacklisted, or its probe failed)."
+                )
+        elif function.driver != move.to:
+            unkept.append(f"{move.address} is bound to {function.driver or 'no driver'}, not to {move.to}")
+        elif request.require_cdev and not cdev_ready(host, move.address):
+            unkept.append(f"{move.address} is bound to {move.to}, but has no usable character device")
+    if read_entries(host) != binding.kept:
+        unkept.append("the list of devices kept across reboots is not as it was written")
+    if unkept:
+        raise HostError("The host is not as promised: " + "; ".join(unkept) + ".", unkept=unkept)
+
+
+def describe(host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], planned: bool) -> list[dict[str, t.Any]]:
+    """The functions of a call for the module's result.
+
+    Args:
+        host: the host.
+        binding: the decided call.
+        uses: uses by address.
+        planned: show what is to come (check mode) instead of what is there.
+    """
+    result = []
+    for move in binding.moves:
+        function = move.function if planned else read_function(host, move.address) or move.function
+        device = function.to_dict()
+        device["in_use"] = [use.to_dict() for use in uses.get(move.address, [])]
+        if planned and move.needed:
+            expected = move.expected[0] if move.expected else None
+            device.update(driver=move.to or expected, driver_override=move.to, vfio_device=None)
+        device["from_driver"] = move.function.driver
+        device["to_driver"] = device["driver"]
+        device["reason"] = move.reason
+        device["persistent"] = move.address in binding.kept
+        result.append(device)
+    return result

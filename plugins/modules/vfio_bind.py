@@ -1,0 +1,243 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vfio_bind
+short_description: Give PCI devices to vfio for guests, or back to the host
+version_added: 0.1.0
+description:
+  - Binds PCI functions to C(vfio-pci) or a variant of it, now and at every boot before a driver of the host takes them,
+    and gives them back.
+  - All devices of a call and their whole IOMMU groups are planned before any is touched. If any part is unsafe or
+    impossible, the call is refused as a whole, with every reason, and nothing is changed. If a device fails while it is
+    being moved, all go back to the drivers they had, in reverse order.
+  - Only C(driver_override) and C(drivers_probe) are used, never C(new_id) or C(ids=). Of two identical cards only the
+    one that is named moves.
+  - What is kept across reboots stands in C(/etc/iommufd-host/devices.conf), a line for each device. A small shell
+    script reads it in the initramfs (initramfs-tools, dracut) before udev starts, in the real root before udev goes
+    through the devices, and when a device appears later. The kernel log shows each device that it hands over. A device
+    of another kind at the address is left alone, and a device that the host uses by then as well.
+  - The kernel argument C(iommufd_host=off) leaves all devices with the host for one boot.
+extends_documentation_fragment:
+  - iommufd.host._attributes
+  - iommufd.host._attributes.ACTIONGROUP
+  - iommufd.host._attributes.CHANGES
+options:
+  devices:
+    description:
+      - The devices, each a PCI address such as V(0000:02:00.0), or a dictionary with the key C(address).
+      - Devices that are not named are left as they are.
+    type: list
+    elements: raw
+    required: true
+  state:
+    description:
+      - V(bound) gives the devices to O(driver).
+      - V(unbound) gives them back to the driver that the host has for them. When none is left that is kept across
+        reboots, everything that made it so is removed as well.
+    type: str
+    choices: [bound, unbound]
+    default: bound
+  persistent:
+    description:
+      - Whether devices that are V(bound) are so after a reboot, too. With V(false) they go back to the host then.
+      - Needs systemd, and initramfs-tools or dracut where the host has an initramfs. Images are changed only when what
+        they hold is not what is wanted; with dracut, and where a boot loader keeps copies of them, that takes a while.
+    type: bool
+    default: true
+  force:
+    description:
+      - Take devices although they are in use.
+      - Applies only to devices in O(devices), not to companions, and never to the disk of the root filesystem or the
+        interface that carries the connection to the host.
+    type: bool
+    default: false
+  include_group:
+    description:
+      - Take the other devices of the same IOMMU groups along. Without it, a device whose group also holds a device on a
+        driver of the host is refused. Bridges stay with the host in any case.
+    type: bool
+    default: false
+  driver:
+    description:
+      - The vfio driver. V(auto) chooses the most specific one that the kernel offers for the device, for example
+        C(mlx5_vfio_pci), and C(vfio-pci) where there is none.
+    type: str
+    default: vfio-pci
+  require_cdev:
+    description:
+      - Whether each device must have a character device (C(/dev/vfio/devices/vfioN)), as iommufd needs it. With
+        V(false) a kernel that offers only legacy groups will do.
+    type: bool
+    default: true
+  timeout:
+    description:
+      - Seconds that a driver may take to let a device go. When it does not, the device is reported and not waited for.
+    type: int
+    default: 30
+  pending:
+    description:
+      - An earlier task of the same play is going to turn the IOMMU on, or to install modules or packages, and check
+        mode only planned that. Then plan what can be planned instead of refusing.
+      - Only honoured in check mode.
+    type: bool
+    default: false
+author:
+  - the iommufd.host authors (@iommufd)
+"""
+
+EXAMPLES = r"""
+- name: Give a disk and a network card to guests
+  iommufd.host.vfio_bind:
+    devices:
+      - "0000:02:00.0"
+      - address: "0000:03:00.0"
+
+- name: Take a card with all that shares its IOMMU group, with the driver made for it
+  iommufd.host.vfio_bind:
+    devices: ["0000:41:00.0"]
+    include_group: true
+    driver: auto
+
+- name: Until the next reboot only
+  iommufd.host.vfio_bind:
+    devices: ["0000:02:00.0"]
+    persistent: false
+
+- name: Give everything back
+  iommufd.host.vfio_bind:
+    devices: ["0000:02:00.0", "0000:03:00.0"]
+    state: unbound
+"""
+
+RETURN = r"""
+devices:
+  description: The devices of the call, companions included, as they are afterwards (in check mode, as they would be).
+  returned: success
+  type: list
+  elements: dict
+  sample: []
+  contains:
+    address:
+      description: PCI address.
+      type: str
+    driver:
+      description: Driver that it is bound to.
+      type: str
+    from_driver:
+      description: Driver that it had before.
+      type: str
+    to_driver:
+      description: Driver that it has now.
+      type: str
+    reason:
+      description: Why it is part of the call.
+      type: str
+    persistent:
+      description: Whether it goes to the vfio driver at every boot.
+      type: bool
+    iommu_group:
+      description: Number of its IOMMU group.
+      type: int
+    numa_node:
+      description: NUMA node; null where the platform does not say.
+      type: int
+    vfio_device:
+      description: Its character device. The number can be another one after the next boot.
+      type: str
+    in_use:
+      description: What uses it, each with C(kind), C(name) and C(detail).
+      type: list
+      elements: dict
+plan:
+  description: What was done, or would be done, one line for each step.
+  returned: success
+  type: list
+  elements: str
+  sample: []
+reboot_required:
+  description: Always false; the devices are moved at once.
+  returned: success
+  type: bool
+  sample: false
+refusals:
+  description: Why the call was refused, each with C(address), C(reason) and C(uses).
+  returned: when refused
+  type: list
+  elements: dict
+  sample: []
+"""
+
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._binding import (
+    Request,
+    decide,
+    describe,
+    read_situation,
+    verify,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses
+
+
+def work(module: AnsibleModule) -> Outcome:
+    options = module.params
+    if options["timeout"] < 1:
+        raise OptionError("timeout", options["timeout"], "a number of seconds from 1")
+    host = Host()
+    request = Request(
+        devices=options["devices"],
+        bound=options["state"] == "bound",
+        persistent=options["persistent"],
+        force=options["force"],
+        include_group=options["include_group"],
+        driver=options["driver"],
+        require_cdev=options["require_cdev"],
+        timeout=float(options["timeout"]),
+        pending=options["pending"] and module.check_mode,
+    )
+    situation = read_situation(host)
+    binding = decide(host, situation, request)
+
+    def after() -> dict[str, t.Any]:
+        uses = situation.uses
+        if binding.plan.changed:
+            # Names and permissions of new nodes are udev's work; the next task may rely on them.
+            host.ask(["udevadm", "settle", "--timeout=10"], timeout=15.0)
+            uses = all_uses(host)
+        verify(host, request, binding)
+        return {"devices": describe(host, binding, uses, planned=False)}
+
+    result = {"devices": describe(host, binding, situation.uses, planned=True), "reboot_required": False}
+    return Outcome(binding.plan, result, after, binding.warnings)
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "devices": {"type": "list", "elements": "raw", "required": True},
+            "state": {"type": "str", "choices": ["bound", "unbound"], "default": "bound"},
+            "persistent": {"type": "bool", "default": True},
+            "force": {"type": "bool", "default": False},
+            "include_group": {"type": "bool", "default": False},
+            "driver": {"type": "str", "default": "vfio-pci"},
+            "require_cdev": {"type": "bool", "default": True},
+            "timeout": {"type": "int", "default": 30},
+            "pending": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    run_module(module, work)
+
+
+if __name__ == "__main__":
+    main()

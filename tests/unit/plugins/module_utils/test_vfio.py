@@ -1,0 +1,136 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, wait_until
+from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
+    Bind,
+    Handover,
+    Stuck,
+    cdev_of,
+    cdev_ready,
+    cdev_supported,
+    hand_over,
+    override_of,
+)
+from ansible_collections.iommufd.host.tests.unit.machine import Machine
+
+ADDRESS = "0000:01:00.0"
+
+
+@pytest.fixture
+def disk(machine: Machine) -> Machine:
+    machine.pci(ADDRESS, "1b36:0010", "010802", driver="nvme", group=13)
+    machine.file("/sys/bus/pci/drivers/nvme/unbind", "")
+    machine.file("/sys/bus/pci/drivers_probe", "")
+    return machine
+
+
+def written(machine: Machine, path: str) -> str:
+    return machine.at(path).read_text()
+
+
+def test_the_writes_of_a_move(disk: Machine) -> None:
+    move = Handover(ADDRESS, "vfio-pci", ("nvme",))
+    hand_over(disk.host, move, move, 10)
+    assert override_of(disk.host, ADDRESS) == "vfio-pci"
+    assert written(disk, "/sys/bus/pci/drivers/nvme/unbind") == ADDRESS
+    assert written(disk, "/sys/bus/pci/drivers_probe") == "", "it still has a driver"
+
+
+def test_only_the_named_driver_must_let_go(disk: Machine) -> None:
+    move = Handover(ADDRESS, None, ("vfio-pci",))
+    hand_over(disk.host, move, move, 10)
+    assert written(disk, "/sys/bus/pci/drivers/nvme/unbind") == ""
+
+
+def test_a_function_without_driver_is_probed(disk: Machine) -> None:
+    disk.at(f"{disk.paths[ADDRESS]}/driver").unlink()
+    move = Handover(ADDRESS, "vfio-pci", ("nvme",))
+    hand_over(disk.host, move, move, 10)
+    assert written(disk, "/sys/bus/pci/drivers_probe") == ADDRESS
+
+
+def test_a_function_that_has_gone_is_an_error(machine: Machine) -> None:
+    move = Handover(ADDRESS, "vfio-pci", ())
+    with pytest.raises(HostError, match="no longer there"):
+        hand_over(machine.host, move, move, 10)
+
+
+def test_a_write_that_is_refused_is_an_error(disk: Machine) -> None:
+    os.unlink(disk.at(f"{disk.paths[ADDRESS]}/driver_override"))
+    os.mkdir(disk.at(f"{disk.paths[ADDRESS]}/driver_override"))
+    move = Handover(ADDRESS, "vfio-pci", ())
+    with pytest.raises(HostError, match="driver_override: Is a directory"):
+        hand_over(disk.host, move, move, 10)
+
+
+def stuck_driver(machine: Machine) -> str:
+    """A driver that does not let go: nobody reads the other end of a FIFO."""
+    path = str(machine.at("/sys/bus/pci/drivers/nvme/unbind"))
+    os.unlink(path)
+    os.mkfifo(path)
+    return path
+
+
+def test_a_driver_that_does_not_let_go_is_not_waited_for(disk: Machine) -> None:
+    path = stuck_driver(disk)
+    started = time.monotonic()
+    step = Bind("bind it", address=ADDRESS, from_driver="nvme", timeout=0.3, host=disk.host)
+    with pytest.raises(HostError, match=r"nvme did not let go of 0000:01:00\.0 within 0\.3 s") as caught:
+        Plan([step]).apply()
+    assert time.monotonic() - started < 5
+    assert caught.value.details["not_undone"]
+    # It lets go after all: the process that waited puts things back, for nobody else will.
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    with open(path, "rb") as reader:
+        assert reader.read() == ADDRESS.encode()
+    assert wait_until(lambda: override_of(disk.host, ADDRESS) is None, 5)
+
+
+def test_stuck_names_the_process(disk: Machine) -> None:
+    path = stuck_driver(disk)
+    move = Handover(ADDRESS, "vfio-pci", ("nvme",))
+    with pytest.raises(Stuck) as caught:
+        hand_over(disk.host, move, Handover(ADDRESS, None, ()), 0.2)
+    child = caught.value.details["stuck_process"]
+    assert os.path.exists(f"/proc/{child}")
+    with open(path, "rb") as reader:
+        reader.read()
+    assert os.waitpid(child, 0)[0] == child
+
+
+def test_a_function_that_stays_with_its_driver_is_put_back(disk: Machine) -> None:
+    disk.file(f"{disk.paths[ADDRESS]}/driver_override", "old\n")
+    step = Bind("bind it", address=ADDRESS, from_driver="nvme", from_override="old", timeout=5, host=disk.host)
+    with pytest.raises(HostError, match="did not go to vfio-pci, it is bound to nvme") as caught:
+        Plan([step]).apply()
+    assert caught.value.details["undone"] == ["bind it"]
+    assert override_of(disk.host, ADDRESS) == "old"
+
+
+def test_only_a_number_makes_a_character_device(disk: Machine) -> None:
+    disk.cdev(ADDRESS, 3)
+    assert cdev_of(disk.host, ADDRESS) is None
+    disk.cdev(ADDRESS, 3, "241:3")
+    assert cdev_of(disk.host, ADDRESS) == "/dev/vfio/devices/vfio3"
+    assert not cdev_ready(disk.host, ADDRESS), "no node yet"
+    disk.file("/dev/vfio/devices/vfio3", "")
+    assert not cdev_ready(disk.host, ADDRESS), "not that device"
+
+
+def test_whether_vfio_makes_character_devices(machine: Machine) -> None:
+    machine.file("/proc/devices", "Character devices:\n 10 misc\n241 vfio\n")
+    assert cdev_supported(machine.host) is None
+    machine.directory("/sys/module/vfio")
+    assert cdev_supported(machine.host) is False
+    machine.file("/proc/devices", "Character devices:\n 10 misc\n241 vfio-dev\n")
+    assert cdev_supported(machine.host) is True
