@@ -1,0 +1,513 @@
+# Copyright (c) 2026, the iommufd.host authors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""The verification guest's kernel and its only file system, both taken from the host.
+
+The guest is the host's own kernel with an archive of busybox, the driver modules that the passed devices need and
+:data:`INIT`. The archive is not compressed: QEMU copies it into the guest in one piece, which is quicker than having
+the guest unpack it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import dataclasses
+import fnmatch
+import gzip
+import lzma
+import posixpath
+import re
+import struct
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+
+# A kernel image or a module is tens of MiB at most; far beyond the limit of a configuration file.
+_IMAGE_LIMIT = 256 * 1024 * 1024
+
+#: What /init calls; `devmem` is used where it is there.
+APPLETS = ("sh", "mount", "stty", "insmod", "dd", "sha256sum", "od", "ip", "sleep", "poweroff")
+OPTIONAL_APPLETS = ("devmem",)
+
+#: Display controllers are not driven in the guest: their drivers need firmware and a user space that are not there,
+#: and are hundreds of MiB large. Their configuration space and BARs are read instead.
+_NOT_DRIVEN = ("0x03",)
+
+# The guest's part of the protocol (see `_evidence.GuestReport`): lines `SUBJECT KEY VALUE` on the second serial port,
+# the subject `guest` or the guest address of a device. It decides nothing, it only reports; the host judges.
+# It forks as little as it can: in an emulated host every process costs tens of milliseconds.
+INIT = r"""#!/bin/sh
+# The verification guest of the Ansible collection iommufd.host.
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+exec 3<>/dev/ttyS1
+stty raw -echo <&3
+. /guest/settings
+say() { echo "$*" >&3; }
+uptime() { read -r up rest </proc/uptime; }
+uptime; say "guest init $up"
+read -r release </proc/sys/kernel/osrelease; say "guest kernel $release"
+[ -e /proc/sys/net/ipv6/conf/default/disable_ipv6 ] && echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6
+
+while read -r module options; do
+    words=$(insmod "/guest/modules/$module" $options 2>&1) || say "guest refused $module $words"
+done </guest/modules.list
+uptime; say "guest loaded $up"
+
+# on_device ADDRESS DIRECTORY: the entries of a class directory that sit on that PCI device, in `found`.
+on_device() {
+    found=
+    for entry in "$2"/*; do
+        case $(cd -P "$entry" 2>/dev/null && echo "$PWD") in */"$1"/*) found="$found ${entry##*/}" ;; esac
+    done
+}
+driver_of() {
+    driver=
+    [ -e "/sys/bus/pci/devices/$1/driver" ] && cd -P "/sys/bus/pci/devices/$1/driver" && driver=${PWD##*/}
+    cd /
+}
+# A driver may finish its probe after its module is loaded (nvme does); the disk appears later still.
+settled() {
+    while read -r address wants; do
+        [ -e "/sys/bus/pci/devices/$address" ] || continue
+        case $wants in
+            driver | disk) driver_of "$address"; [ -n "$driver" ] || return 1 ;;
+        esac
+        if [ "$wants" = disk ]; then
+            on_device "$address" /sys/block; [ -n "$found" ] || return 1
+            for disk in $found; do [ -e "/dev/$disk" ] || return 1; done
+        fi
+    done </guest/devices
+}
+uptime; limit=$((${up%.*} + settle))
+until settled; do
+    uptime; [ "${up%.*}" -ge "$limit" ] && { say "guest unsettled $settle"; break; }
+    sleep 0.05
+done
+uptime; say "guest settled $up"
+
+disk() {
+    read -r sectors <"/sys/block/$2/size"
+    blocks=$((sectors / 128)); [ "$blocks" -gt "$read_blocks" ] && blocks=$read_blocks
+    read -r _ _ before _ <"/sys/block/$2/stat"
+    for pass in first second; do
+        # Direct: each pass comes from the device, none from the page cache.
+        sum=$(dd "if=/dev/$2" bs=64k "count=$blocks" iflag=direct 2>/dev/null | sha256sum)
+        say "$1 sha256_$pass ${sum%% *}"
+    done
+    read -r _ _ after _ <"/sys/block/$2/stat"
+    say "$1 disk $2"
+    say "$1 disk_bytes $((sectors * 512))"
+    say "$1 asked_bytes $((blocks * 131072))"
+    say "$1 dma_bytes $(((after - before) * 512))"
+}
+network() {
+    ip link set "$2" up 2>/dev/null
+    for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+        read -r carrier 2>/dev/null <"/sys/class/net/$2/carrier" && [ "$carrier" = 1 ] && break
+        sleep 0.1
+    done
+    read -r mac <"/sys/class/net/$2/address"
+    say "$1 interface $2"; say "$1 mac $mac"; say "$1 carrier ${carrier:-unknown}"
+}
+bare() {
+    say "$1 config "$(od -An -v -tx4 -N64 "$2/config")
+    echo 1 2>/dev/null >"$2/enable"
+    bar=0
+    while read -r start end flags && [ $bar -lt 6 ]; do
+        # IORESOURCE_MEM is 0x200; an unassigned BAR starts at 0.
+        if [ $((flags & 0x200)) -ne 0 ] && [ $((start)) -ne 0 ]; then
+            value=$(devmem "$start" 32 2>/dev/null) && say "$1 bar $bar $start $value"
+            break
+        fi
+        bar=$((bar + 1))
+    done <"$2/resource"
+}
+while read -r address wants; do
+    device=/sys/bus/pci/devices/$address
+    if [ ! -e "$device" ]; then say "$address missing 1"; continue; fi
+    for key in vendor device subsystem_vendor subsystem_device class; do
+        read -r value <"$device/$key"; say "$address $key $value"
+    done
+    bar=0
+    while read -r start end flags && [ $bar -lt 6 ]; do
+        [ $((flags & 0x200)) -ne 0 ] && [ $((start)) -ne 0 ] && say "$address memory $bar $start $end"
+        bar=$((bar + 1))
+    done <"$device/resource"
+    driver_of "$address"
+    if [ -z "$driver" ]; then bare "$address" "$device"; continue; fi
+    say "$address driver $driver"
+    on_device "$address" /sys/block
+    for disk in $found; do disk "$address" "$disk"; break; done
+    on_device "$address" /sys/class/net
+    for interface in $found; do network "$address" "$interface"; break; done
+    for controller in "$device"/nvme/nvme*; do
+        [ -e "$controller/serial" ] || continue
+        read -r value <"$controller/serial"; say "$address serial $value"
+        read -r value <"$controller/model"; say "$address model $value"
+    done
+done </guest/devices
+uptime; say "guest ready $up"
+# The devices stay in use until the host has looked at the process that holds them.
+read -r answer <&3
+poweroff -f
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuestDevice:
+    """A passed device as the guest will meet it.
+
+    Attributes:
+        slot: PCI address in the guest.
+        class_id: class of the function ("0x010802").
+        modalias: the kernel's name for what drivers match (``pci:v…``).
+    """
+
+    slot: str
+    class_id: str
+    modalias: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GuestModule:
+    """A driver module for the guest: its name, plain (not compressed) content, and firmware files it may ask for."""
+
+    name: str
+    content: bytes
+    firmware: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Initramfs:
+    """The archive, and what it lets one expect.
+
+    Attributes:
+        data: the cpio archive.
+        modules: names of the modules in it, in the order of loading.
+        drivers: guest address to the modules that match the device itself (their dependencies are not in it).
+        firmware: guest address to firmware files that those modules may ask for; none is in the archive.
+    """
+
+    data: bytes
+    modules: tuple[str, ...]
+    drivers: dict[str, tuple[str, ...]]
+    firmware: dict[str, tuple[str, ...]]
+
+
+def wants(device: GuestDevice, driven: bool) -> str:
+    """What the guest waits for before it reports a device: a disk, a driver, or nothing."""
+    if device.class_id.startswith("0x0108") and driven:
+        return "disk"
+    return "driver" if driven else "nothing"
+
+
+# -- the kernel --------------------------------------------------------------------------------------------------------
+
+
+def find_kernel(host: Host, release: str) -> str:
+    """The image of an installed kernel.
+
+    Raises:
+        HostError: there is none; names the places where it was looked for.
+    """
+    places = (f"/boot/vmlinuz-{release}", f"/usr/lib/modules/{release}/vmlinuz", f"/lib/modules/{release}/vmlinuz")
+    for place in places:
+        if host.exists(place):
+            return place
+    raise HostError(
+        f"No image of the running kernel {release} (looked for {', '.join(places)}). "
+        "Reboot into an installed kernel, or install the package of the running one again."
+    )
+
+
+def read_kernel(host: Host, path: str) -> bytes:
+    """The content of a kernel image.
+
+    Raises:
+        HostError: missing, empty or not readable.
+    """
+    content = host.read_bytes(path, _IMAGE_LIMIT)
+    if not content:
+        raise HostError(f"The kernel image {path} cannot be read or is empty.")
+    return content
+
+
+def kernel_release(image: bytes) -> str:
+    """The release that an x86 kernel image names in its header.
+
+    The boot protocol (Documentation/arch/x86/boot.rst): ``HdrS`` at 0x202, and at 0x20e the offset, less 0x200, of a
+    text that begins with the release.
+
+    Raises:
+        HostError: it has no such header.
+    """
+    if len(image) < 0x210 or image[0x202:0x206] != b"HdrS":
+        raise HostError("The guest's kernel is no kernel image of a PC (bzImage): take another one.")
+    offset = 0x200 + struct.unpack_from("<H", image, 0x20E)[0]
+    text = image[offset : offset + 256].split(b"\0")[0].decode("ascii", "replace")
+    return text.split(" ")[0]
+
+
+# -- busybox -----------------------------------------------------------------------------------------------------------
+
+
+def find_busybox(host: Host, wanted: str = "") -> str:
+    """The busybox to put into the guest.
+
+    Args:
+        host: where to look.
+        wanted: its path; empty: look in the standard directories.
+
+    Raises:
+        HostError: missing, or it lacks an applet that the guest calls.
+    """
+    path = host.which(wanted or "busybox")
+    if path is None:
+        raise HostError(
+            f"{wanted or 'busybox'} is not installed: the guest's programs come from it. "
+            "On Debian and Ubuntu: apt install busybox-static."
+        )
+    said = host.ask([path, "--list"])
+    if said is not None:
+        lacking = [name for name in APPLETS if name not in said.stdout.split()]
+        if lacking:
+            raise HostError(
+                f"{path} lacks what the guest calls: {', '.join(lacking)}. "
+                "On Debian and Ubuntu: apt install busybox-static."
+            )
+    return path
+
+
+def interpreter(binary: bytes) -> str | None:
+    """The loader that a dynamically linked ELF binary asks for; None for a static one, or for what is no ELF."""
+    if binary[:4] != b"\x7fELF" or len(binary) < 64:
+        return None
+    wide, order = binary[4] == 2, "<" if binary[5] == 1 else ">"
+    if wide:
+        table = struct.unpack_from(order + "Q", binary, 0x20)[0]
+        size, count = struct.unpack_from(order + "HH", binary, 0x36)
+    else:
+        table = struct.unpack_from(order + "I", binary, 0x1C)[0]
+        size, count = struct.unpack_from(order + "HH", binary, 0x2A)
+    for number in range(count):
+        at = table + number * size
+        if at + size > len(binary):
+            return None
+        if struct.unpack_from(order + "I", binary, at)[0] == 3:  # PT_INTERP
+            if wide:
+                start, _virtual, _physical, length = struct.unpack_from(order + "QQQQ", binary, at + 8)
+            else:
+                start, _virtual, _physical, length = struct.unpack_from(order + "IIII", binary, at + 4)
+            return binary[start : start + length].split(b"\0")[0].decode("ascii", "replace")
+    return None
+
+
+def libraries(listing: str) -> list[str]:
+    """The files that ``ldd`` names, each an absolute path; the kernel's own vdso has none."""
+    found: list[str] = []
+    for line in listing.splitlines():
+        match = re.search(r"(?:^|=>)\s*(/\S+)", line)
+        if match and match.group(1) not in found:
+            found.append(match.group(1))
+    return found
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+class ModuleIndex:
+    """The modules of one installed kernel, from the text files that depmod writes.
+
+    Args:
+        host: where they are.
+        release: of the kernel.
+
+    Raises:
+        HostError: that kernel's modules are not installed.
+    """
+
+    def __init__(self, host: Host, release: str) -> None:
+        self.host = host
+        self.directory = f"/lib/modules/{release}"
+        aliases = host.read_text(f"{self.directory}/modules.alias", _IMAGE_LIMIT)
+        if aliases is None:
+            raise HostError(
+                f"The kernel {release} has no {self.directory}/modules.alias: its modules are not installed, "
+                "or depmod has not been run for it."
+            )
+        self._aliases = aliases
+        self._files: dict[str, str] = {}
+        self._needs: dict[str, list[str]] = {}
+        for line in (host.read_text(f"{self.directory}/modules.dep", _IMAGE_LIMIT) or "").splitlines():
+            path, _colon, needed = line.partition(":")
+            name = _module_name(path)
+            self._files[name] = path
+            # depmod lists the whole closure, nearest first: the last one has to be loaded first.
+            self._needs[name] = [_module_name(item) for item in reversed(needed.split())]
+
+    def drivers(self, modalias: str) -> list[str]:
+        """The modules that claim a PCI device, vfio's own variant drivers left out; sorted."""
+        match = re.match(r"pci:v[0-9A-F]{8}", modalias)
+        if match is None:
+            return []
+        # A host has tens of thousands of aliases, and fnmatch compiles each: look at those of the vendor alone.
+        starts = (f"alias {match.group(0)}", "alias pci:v*")
+        found = set()
+        for line in self._aliases.splitlines():
+            if line.startswith(starts):
+                _word, pattern, name = line.split()
+                if fnmatch.fnmatchcase(modalias, pattern):
+                    found.add(name.replace("-", "_"))
+        return sorted(name for name in found if name in self._files)
+
+    def closure(self, names: t.Iterable[str]) -> list[str]:
+        """The modules and everything they need, in an order in which they can be loaded."""
+        ordered: list[str] = []
+        for name in names:
+            for module in [*self._needs.get(name, []), name]:
+                if module not in ordered:
+                    ordered.append(module)
+        return ordered
+
+    def load(self, name: str) -> GuestModule:
+        """Read a module.
+
+        Raises:
+            HostError: depmod does not know it, or it cannot be read or decompressed.
+        """
+        if name not in self._files:
+            raise HostError(f"{self.directory}/modules.dep has no module {name}: run depmod.")
+        path = posixpath.join(self.directory, self._files[name])
+        content = self.host.read_bytes(path, _IMAGE_LIMIT)
+        if content is None:
+            raise HostError(f"The module {path} cannot be read: install the kernel's package again, or run depmod.")
+        plain = decompress(path, content)
+        firmware = sorted({match.decode("ascii", "replace") for match in re.findall(rb"\0firmware=([^\0]+)", plain)})
+        return GuestModule(name, plain, tuple(firmware))
+
+
+def _module_name(path: str) -> str:
+    return posixpath.basename(path).partition(".")[0].replace("-", "_")
+
+
+def decompress(path: str, content: bytes) -> bytes:
+    """A module's plain content; distributions compress them with gzip, xz or zstd.
+
+    Raises:
+        HostError: damaged, or a compression for which the host has no library.
+    """
+    try:
+        if content.startswith(b"\x1f\x8b"):
+            return gzip.decompress(content)
+        if content.startswith(b"\xfd7zXZ\0"):
+            return lzma.decompress(content)
+        if content.startswith(b"\x28\xb5\x2f\xfd"):
+            return _unzstd(content)
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise HostError(f"The module {path} cannot be decompressed: {error}.") from error
+    return content
+
+
+def _unzstd(content: bytes) -> bytes:
+    # Python has zstd from 3.14 on only; a host whose modules are compressed with it has the library (kmod needs it).
+    name = ctypes.util.find_library("zstd") or "libzstd.so.1"
+    library = ctypes.CDLL(name)
+    library.ZSTD_getFrameContentSize.restype = ctypes.c_ulonglong
+    library.ZSTD_getFrameContentSize.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.ZSTD_decompress.restype = ctypes.c_size_t
+    library.ZSTD_decompress.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+    library.ZSTD_isError.argtypes = [ctypes.c_size_t]
+    size = library.ZSTD_getFrameContentSize(content, len(content))
+    if size > _IMAGE_LIMIT:  # the two highest values mean "unknown" and "error"
+        raise ValueError("the zstd frame does not say how large its content is")
+    target = ctypes.create_string_buffer(size)
+    written = library.ZSTD_decompress(target, size, content, len(content))
+    if library.ZSTD_isError(written):
+        raise ValueError("damaged zstd data")
+    return target.raw[:written]
+
+
+# -- the archive -------------------------------------------------------------------------------------------------------
+
+
+def build(
+    host: Host,
+    index: ModuleIndex,
+    busybox: str,
+    devices: t.Sequence[GuestDevice],
+    read_bytes: int = 1 << 20,
+    settle: int = 30,
+) -> Initramfs:
+    """The guest's file system.
+
+    Args:
+        host: where busybox and the modules come from.
+        index: the modules of the kernel that the guest runs.
+        busybox: path of busybox on the host.
+        devices: what is passed, in the order in which the guest reports.
+        read_bytes: how much of a disk is read, twice.
+        settle: seconds that drivers may take to attach and disks to appear.
+
+    Raises:
+        HostError: busybox, one of its libraries or a module cannot be read.
+    """
+    archive = Archive()
+    for directory in ("/dev", "/proc", "/sys", "/tmp"):
+        archive.directory(directory)
+    _add_busybox(host, archive, busybox)
+
+    drivers = {
+        device.slot: tuple([] if device.class_id.startswith(_NOT_DRIVEN) else index.drivers(device.modalias))
+        for device in devices
+    }
+    modules = [index.load(name) for name in index.closure(name for names in drivers.values() for name in names)]
+    # One path per namespace: with native multipath the disk would hang off a virtual subsystem, not off the device.
+    options = {"nvme_core": "multipath=N"}
+    for module in modules:
+        archive.file(f"/guest/modules/{module.name}.ko", module.content)
+    archive.file(
+        "/guest/modules.list",
+        "".join(f"{module.name}.ko {options.get(module.name, '')}\n" for module in modules).encode(),
+    )
+    archive.file(
+        "/guest/devices",
+        "".join(f"{device.slot} {wants(device, bool(drivers[device.slot]))}\n" for device in devices).encode(),
+    )
+    archive.file("/guest/settings", f"settle={settle}\nread_blocks={max(1, read_bytes // 65536)}\n".encode())
+    archive.file("/init", INIT.encode(), 0o755)
+    by_name = {module.name: module for module in modules}
+    firmware = {
+        slot: tuple(sorted({file for name in names for file in by_name[name].firmware}))
+        for slot, names in drivers.items()
+    }
+    return Initramfs(archive.close(), tuple(module.name for module in modules), drivers, firmware)
+
+
+def _add_busybox(host: Host, archive: Archive, busybox: str) -> None:
+    content = host.read_bytes(busybox, _IMAGE_LIMIT)
+    if not content:
+        raise HostError(f"{busybox} cannot be read.")
+    archive.file("/bin/busybox", content, 0o755)
+    for name in (*APPLETS, *OPTIONAL_APPLETS):
+        archive.link(f"/bin/{name}", "busybox")
+    if interpreter(content) is None:
+        return
+    said = host.ask(["ldd", busybox])
+    needed = libraries(said.stdout) if said is not None and said.ok else []
+    if not needed:
+        raise HostError(
+            f"{busybox} is dynamically linked and its libraries could not be found with ldd. "
+            "On Debian and Ubuntu: apt install busybox-static."
+        )
+    for library in needed:
+        data = host.read_bytes(library, _IMAGE_LIMIT)
+        if data is None:
+            raise HostError(f"{busybox} needs {library}, which cannot be read.")
+        archive.file(library, data, 0o755)

@@ -1,0 +1,295 @@
+#!/usr/bin/python
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: guest_verify
+short_description: Prove that a guest works with the named devices on one shared /dev/iommu descriptor
+version_added: 0.1.0
+description:
+  - Boots a small guest with the named devices and returns evidence of how it held them. Each item is observed, none is
+    assumed.
+  - The module opens C(/dev/iommu) once and the vfio character devices of the named devices, has pinned memory accounted
+    per process, and starts QEMU as an unprivileged user without capabilities, with its sandbox on. The descriptors
+    are inherited; that user could not open the nodes, which is tried too.
+  - The guest is the host's own kernel with a file system of busybox and the host's driver modules for the passed
+    devices. A driver uses a device where the kernel has one; a disk is read, which is DMA through the shared
+    descriptor. Nothing is ever written to a disk, and no network frame is sent.
+  - QEMU's limit of locked memory (RLIMIT_MEMLOCK) is set to O(memory) plus 64 MiB, since all of the guest's memory
+    is pinned.
+  - The guest, its kernel and its file system live in memory alone. No process and no file is left behind, whether the
+    guest succeeds, fails, or the module is killed.
+  - The devices have to be on vfio-pci (M(iommufd.host.vfio_bind)) and stay there.
+extends_documentation_fragment:
+  - iommufd.host._attributes
+  - iommufd.host._attributes.actiongroup
+  - iommufd.host._attributes.reads
+attributes:
+  check_mode:
+    details:
+      - In check mode everything that could stand in the way is checked, and the guest is not started.
+options:
+  devices:
+    description:
+      - The devices to pass, in this order.
+      - Each is a PCI address such as V(0000:02:00.0), or a dictionary with the key C(address).
+      - At most 29.
+    type: list
+    elements: raw
+    required: true
+  backend:
+    description:
+      - How the devices reach the guest.
+      - V(iommufd) is one descriptor of C(/dev/iommu) for all of them.
+    type: str
+    choices: [iommufd]
+    default: iommufd
+  qemu:
+    description:
+      - The QEMU to use, as an absolute path.
+      - Without it, the distribution's, as it is found in the standard directories.
+    type: path
+  user:
+    description: The user that QEMU runs as. It must not be root.
+    type: str
+    default: nobody
+  memory:
+    description: Memory of the guest in MiB. All of it is pinned.
+    type: int
+    default: 256
+  cpus:
+    description: Processors of the guest.
+    type: int
+    default: 1
+  accelerator:
+    description:
+      - How the guest's processor is made.
+      - V(auto) takes KVM where the processor offers it and C(/dev/kvm) works, and software (TCG) otherwise.
+    type: str
+    choices: [auto, kvm, tcg]
+    default: auto
+  timeout:
+    description: Seconds from the start of QEMU to its end. It is killed then.
+    type: int
+    default: 600
+  busybox:
+    description: The busybox to put into the guest. Without it, the one in the standard directories.
+    type: path
+  kernel:
+    description:
+      - The kernel image to boot. Without it, the image of the running kernel.
+      - The modules of that kernel have to be installed.
+    type: path
+  pending:
+    description:
+      - An earlier task of the same play is going to turn the IOMMU on, load modules or bind the devices, so that what
+        is missing of that is only a warning. A missing QEMU or busybox is an error all the same.
+      - Only honoured in check mode.
+    type: bool
+    default: false
+requirements:
+  - QEMU 8.2 or later with iommufd (C(qemu-system-x86) on Debian and Ubuntu)
+  - busybox (C(busybox-static) on Debian and Ubuntu)
+  - an x86-64 host
+seealso:
+  - module: iommufd.host.vfio_bind
+  - module: iommufd.host.iommufd_info
+author:
+  - The iommufd.host authors (@iommufd)
+"""
+
+EXAMPLES = r"""
+- name: Boot a guest with two devices on one descriptor
+  iommufd.host.guest_verify:
+    devices:
+      - "0000:01:00.0"
+      - "0000:02:00.0"
+  register: verification
+
+- name: Show what was seen
+  ansible.builtin.debug:
+    msg: "{{ verification.evidence.checks }}"
+
+- name: Verify as the user that runs guests in production
+  iommufd.host.guest_verify:
+    devices:
+      - address: "0000:01:00.0"
+    user: libvirt-qemu
+    timeout: 120
+"""
+
+RETURN = r"""
+verified:
+  description:
+    - V(true) when the guest booted and no item of the evidence failed. Whenever it would be V(false) the module fails.
+    - Null in check mode.
+  returned: always
+  type: bool
+  sample: true
+would:
+  description: What would be done.
+  returned: in check mode
+  type: str
+  sample: >-
+    boot a guest of 256 MiB with 0000:01:00.0, 0000:02:00.0 on one /dev/iommu descriptor, with QEMU as nobody (kvm)
+step:
+  description: The step that failed.
+  returned: on failure
+  type: str
+  sample: boot
+problems:
+  description: What stands in the way of starting the guest.
+  returned: when something does
+  type: list
+  elements: str
+  sample:
+    - "0000:01:00.0 is driven by nvme, not on vfio-pci: bind it first (iommufd.host.vfio_bind)."
+qemu_words:
+  description: The last lines that QEMU wrote.
+  returned: on failure
+  type: list
+  elements: str
+  sample: []
+console:
+  description: The last lines of the guest's console.
+  returned: on failure
+  type: list
+  elements: str
+  sample: []
+evidence:
+  description: What was seen of the guest and of the process that ran it.
+  returned: when the guest was started
+  type: dict
+  contains:
+    checks:
+      description:
+        - One judgement for each observation, in C(id), C(status), C(detail) and C(remedy).
+        - The status is V(ok), V(fail), or V(skip) for what cannot be seen with these devices or on this host.
+      type: list
+      elements: dict
+    devices:
+      description: Each device with its address in the guest, the driver that attached, and the DMA done.
+      type: list
+      elements: dict
+    descriptors:
+      description:
+        - Number of open C(/dev/iommu), whether that is the module's own open file, and from QEMU's trace who opened it
+          (C(owned), 0 for somebody else) and how many devices use it (C(users)).
+      type: dict
+    process:
+      description: Ids, capabilities, seccomp, limits and arguments of QEMU, and what its user was refused.
+      type: dict
+    peer_to_peer:
+      description: Whether the devices' BARs could be mapped for each other (C(works)), and how that was seen.
+      type: dict
+    guest:
+      description: Kernel, memory and modules of the guest.
+      type: dict
+    qemu:
+      description: Path, version and last words of QEMU.
+      type: dict
+    accelerator:
+      description: V(kvm) or V(tcg).
+      type: str
+    kernel:
+      description: Release of the kernel that the guest ran.
+      type: str
+    seconds:
+      description: Seconds from the start of QEMU until the devices were on the descriptor, ready, and to its end.
+      type: dict
+"""
+
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._guest import Request, prepare, verify
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._pci import ACCEPTED_ADDRESS, parse_address
+
+
+def addresses(devices: t.Sequence[t.Any]) -> tuple[str, ...]:
+    """The option O(devices) as addresses.
+
+    Raises:
+        OptionError: an entry is neither an address nor a dictionary with one.
+    """
+    found = []
+    for number, device in enumerate(devices):
+        option = f"devices[{number}]"
+        if isinstance(device, dict):
+            unknown = sorted(set(device) - {"address"})
+            if unknown or "address" not in device:
+                raise OptionError(option, device, "a dictionary with the one key address")
+            found.append(parse_address(f"{option}.address", device["address"]))
+        elif isinstance(device, str):
+            found.append(parse_address(option, device))
+        else:
+            raise OptionError(option, device, ACCEPTED_ADDRESS)
+    return tuple(found)
+
+
+def work(module: AnsibleModule) -> Outcome:
+    options = module.params
+    host = Host()
+    request = Request(
+        devices=addresses(options["devices"]),
+        user=options["user"],
+        qemu=options["qemu"] or "",
+        busybox=options["busybox"] or "",
+        kernel=options["kernel"] or "",
+        memory=options["memory"],
+        cpus=options["cpus"],
+        timeout=options["timeout"],
+        accelerator=options["accelerator"],
+        pending=options["pending"] and module.check_mode,
+    )
+    ready = prepare(host, request)
+    if module.check_mode:
+        result: dict[str, t.Any] = {"verified": None, "would": ready.sentence()}
+        if ready.passing:
+            result["problems"] = ready.passing
+        return Outcome(
+            result=result,
+            warnings=[f"To be checked again when it is real: {problem}" for problem in ready.passing],
+        )
+
+    def after() -> dict[str, t.Any]:
+        found = verify(host, ready)
+        for item in found["evidence"]["checks"]:
+            # A guest without a disk, or without a driver for its devices, is nothing to be warned of.
+            if item["status"] == "skip" and item["id"] not in ("dma", "drivers"):
+                module.warn(f"Not seen, {item['id']}: {item['detail']}.")
+        return found
+
+    return Outcome(after=after)
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "devices": {"type": "list", "elements": "raw", "required": True},
+            "backend": {"type": "str", "choices": ["iommufd"], "default": "iommufd"},
+            "qemu": {"type": "path"},
+            "user": {"type": "str", "default": "nobody"},
+            "memory": {"type": "int", "default": 256},
+            "cpus": {"type": "int", "default": 1},
+            "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
+            "timeout": {"type": "int", "default": 600},
+            "busybox": {"type": "path"},
+            "kernel": {"type": "path"},
+            "pending": {"type": "bool", "default": False},
+        },
+        supports_check_mode=True,
+    )
+    # No lock: nothing is changed, and guests with other devices may be verified at the same time.
+    run_module(module, work, lock=False)
+
+
+if __name__ == "__main__":
+    main()

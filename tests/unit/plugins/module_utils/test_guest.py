@@ -1,0 +1,184 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import platform
+import typing as t
+
+import pytest
+
+from ansible_collections.iommufd.host.plugins.module_utils import _guest
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._guest import Request
+from ansible_collections.iommufd.host.tests.unit.machine import Machine
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the guest is a PC so far")
+
+NVME = "0000:01:00.0"
+NIC = "0000:02:00.0"
+RELEASE = os.uname().release
+
+
+@pytest.fixture
+def ready_machine(machine: Machine) -> Machine:
+    """A machine on which nothing but the programs stands in the way (a tree has none that could be asked)."""
+    machine.pci(NVME, "1b36:0010", "010802", driver="vfio-pci", group=12)
+    machine.pci(NIC, "8086:10d3", "020000", driver="vfio-pci", group=13)
+    machine.cdev(NVME, 0, "511:0")
+    machine.cdev(NIC, 1, "511:1")
+    for node in ("/dev/iommu", "/dev/vfio/devices/vfio0", "/dev/vfio/devices/vfio1"):
+        machine.file(node, "")
+    machine.file("/sys/class/misc/iommu/dev", "10:262\n")
+    machine.file("/proc/meminfo", "MemTotal:  4000000 kB\nMemAvailable:    2500000 kB\n")
+    machine.file("/proc/cpuinfo", "flags\t\t: fpu vme\n")
+    machine.file(f"/boot/vmlinuz-{RELEASE}", "kernel")
+    return machine
+
+
+def problems(machine: Machine, *devices: str, **options: t.Any) -> list[str]:
+    """What stands in the way, the programs left out."""
+    with pytest.raises(HostError) as caught:
+        _guest.prepare(machine.host, Request(devices=devices or (NVME, NIC), **options))
+    found = caught.value.details["problems"]
+    assert caught.value.details["step"] == "prepare"
+    assert all(problem in caught.value.message for problem in found)
+    return [problem for problem in found if not problem.startswith(("QEMU is not", "busybox is not"))]
+
+
+def test_nothing_else_stands_in_the_way(ready_machine: Machine) -> None:
+    assert problems(ready_machine) == []
+
+
+def test_missing_programs_are_named_with_the_package(ready_machine: Machine) -> None:
+    with pytest.raises(
+        HostError, match=r"^2 things .*\(1\) QEMU.*apt install qemu-system-x86.*\(2\) busybox.*busybox-static"
+    ):
+        _guest.prepare(ready_machine.host, Request(devices=(NVME,)))
+
+
+def test_missing_programs_are_an_error_while_the_rest_is_pending(machine: Machine) -> None:
+    machine.pci(NVME, "1b36:0010", "010802", driver="nvme")
+    with pytest.raises(HostError) as caught:
+        _guest.prepare(machine.host, Request(devices=(NVME,), qemu="/opt/q", busybox="/opt/b", pending=True))
+    assert [problem.split(" ")[0] for problem in caught.value.details["problems"]] == ["QEMU", "/opt/b"]
+    assert "/opt/q" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("config", "modules", "words"),
+    [
+        ("# CONFIG_IOMMUFD is not set\n", "", "built without iommufd"),
+        ("# CONFIG_IOMMUFD is not set\n", "updates/dkms/iommufd.ko.xz: kernel/x.ko\n", "modprobe iommufd"),
+        ("CONFIG_IOMMUFD=m\n", "kernel/drivers/iommu/iommufd/iommufd.ko: \n", "modprobe iommufd"),
+        ("", "", "no module iommufd"),
+    ],
+)
+def test_no_iommufd(ready_machine: Machine, config: str, modules: str, words: str) -> None:
+    ready_machine.at("/sys/class/misc/iommu/dev").unlink()
+    ready_machine.file(f"/boot/config-{RELEASE}", config)
+    ready_machine.file(f"/lib/modules/{RELEASE}/modules.dep", modules)
+    (problem,) = problems(ready_machine)
+    assert problem.startswith("There is no /dev/iommu")
+    assert words in problem
+
+
+def test_no_node(ready_machine: Machine) -> None:
+    ready_machine.at("/dev/iommu").unlink()
+    (problem,) = problems(ready_machine)
+    assert "no node /dev/iommu" in problem
+
+
+@pytest.mark.parametrize(("driver", "words"), [("nvme", "driven by nvme"), (None, "without a driver")])
+def test_not_on_vfio(machine: Machine, ready_machine: Machine, driver: str | None, words: str) -> None:
+    machine.pci("0000:03:00.0", driver=driver, group=14)
+    (problem,) = problems(machine, "0000:03:00.0")
+    assert words in problem
+    assert "vfio_bind" in problem
+
+
+def test_iommu_off(machine: Machine, ready_machine: Machine) -> None:
+    machine.pci("0000:03:00.0", driver="vfio-pci")
+    (problem,) = problems(machine, "0000:03:00.0")
+    assert "IOMMU is off" in problem
+
+
+def test_a_directory_is_no_character_device(machine: Machine, ready_machine: Machine) -> None:
+    machine.pci("0000:03:00.0", driver="vfio-pci", group=14)
+    machine.cdev("0000:03:00.0", 5)
+    (problem,) = problems(machine, "0000:03:00.0")
+    assert "CONFIG_VFIO_DEVICE_CDEV" in problem
+
+
+def test_group_with_a_host_driver(machine: Machine, ready_machine: Machine) -> None:
+    machine.pci("0000:01:00.1", driver="snd_hda_intel", group=12)
+    machine.pci("0000:01:00.2", driver="pcieport", class_id="060400", group=12)
+    machine.pci("0000:01:00.3", group=12)
+    (problem,) = problems(machine)
+    assert "0000:01:00.1 (snd_hda_intel)" in problem
+    assert "0000:01:00.2" not in problem
+    assert "0000:01:00.3" not in problem
+
+
+@pytest.mark.parametrize("node", ["/dev/vfio/devices/vfio1", "/dev/vfio/13"])
+def test_held_by_another_process(ready_machine: Machine, node: str) -> None:
+    ready_machine.process(4711, "qemu-system-x86", ["qemu"], ["/dev/null", node])
+    (problem,) = problems(ready_machine)
+    assert problem == f"{NIC} is in use: process 4711 (qemu-system-x86) holds {node}. End that guest first."
+    assert problems(ready_machine, NVME) == []
+
+
+def test_memory_short(ready_machine: Machine) -> None:
+    (problem,) = problems(ready_machine, memory=4096)
+    assert "4096 MiB of its own" in problem
+    assert "2441 MiB available" in problem
+
+
+def test_kernel_image_missing(ready_machine: Machine) -> None:
+    ready_machine.at(f"/boot/vmlinuz-{RELEASE}").unlink()
+    assert f"vmlinuz-{RELEASE}" in problems(ready_machine)[0]
+    assert problems(ready_machine, kernel="/boot/other") == ["There is no kernel image /boot/other."]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"devices": ()}, "devices: .*1 to 29"),
+        ({"devices": (NVME, NIC, NVME)}, r"devices\[2\]: '0000:01:00.0'.*once"),
+        ({"devices": ("0000:01:00.7",)}, r"devices\[0\]: '0000:01:00.7'.*no such device.*0000:01:00.0"),
+        ({"memory": 64}, "memory: 64 .*128 MiB"),
+        ({"cpus": 0}, "cpus: 0 "),
+        ({"timeout": 1}, "timeout: 1 "),
+        ({"user": "no-such-user"}, "user: 'no-such-user'"),
+        ({"user": "root"}, "user: 'root'"),
+        ({"accelerator": "kvm"}, "accelerator: 'kvm'.*neither vmx nor svm"),
+    ],
+)
+def test_bad_options(ready_machine: Machine, options: dict[str, t.Any], words: str) -> None:
+    # Also while other things are pending: an option does not get better by itself.
+    for pending in (False, True):
+        with pytest.raises(OptionError, match=words):
+            _guest.prepare(ready_machine.host, Request(**{"devices": (NVME,), "pending": pending, **options}))
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        # Said by QEMU 10.0 on Linux 6.12.
+        ("vfio VFIO_FD4: error bind device fd=4 to iommufd=3: Operation not permitted", "isolate interrupts"),
+        ("vfio VFIO_FD4: error bind device fd=4 to iommufd=3: Device or resource busy", "Another process"),
+        (
+            "vfio VFIO_FD4: memory listener initialization failed: Region pc.ram: "
+            "vfio_container_dma_map(0x564286b74e90, 0x0, 0x10000000, 0x7f5d1be00000) = -12 (Cannot allocate memory)",
+            "RLIMIT_MEMLOCK",
+        ),
+        ("cannot set up guest memory 'pc.ram': Cannot allocate memory", "not enough memory"),
+        ("linux kernel too old to load a ram disk", None),
+        ("", None),
+    ],
+)
+def test_explanations(words: str, meaning: str | None) -> None:
+    found = _guest.explain(words)
+    assert found == "" if meaning is None else meaning in found
