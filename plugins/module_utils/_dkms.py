@@ -527,7 +527,6 @@ def _plan_tree(host: Host, wanted: Wanted, planned: Planned, targets: t.Sequence
             )
         )
     kernel = next((one for one in targets if one.running), targets[-1])
-    packages = read_packages(host)
     if wanted.source is not None:
         version = source_version(host, wanted.source)
         series = ".".join(version.split(".")[:2])
@@ -540,18 +539,12 @@ def _plan_tree(host: Host, wanted: Wanted, planned: Planned, targets: t.Sequence
         for name in host.listdir(TREE):
             if name.startswith("source-"):
                 plan.add(RemoveFile(f"remove {TREE}/{name}", f"{TREE}/{name}", "", "", path=f"{TREE}/{name}"))
-        package = packages.get(f"linux-source-{kernel.series}")
-        version = package.version.partition("-")[0] if package is not None and package.installed else ""
+        version = _package_version(host, kernel.series)
         planned.source = {
             "tarball": tarball(kernel.series),
             "version": version or None,
             "package": f"linux-source-{kernel.series}",
         }
-    if version and kernel.version and kernel.state != "dkms" and version != kernel.version:
-        planned.warnings.append(
-            f"The sources are those of Linux {version}, the running kernel is {kernel.version}. Within a stable series "
-            "that differs by fixes only; a difference that matters would not compile."
-        )
     for series in sorted({one.series for one in targets}):
         source = wanted.source if wanted.source is not None and series == _series(version) else tarball(series)
         building = any(one.series == series and one.state != "dkms" for one in targets)
@@ -576,6 +569,31 @@ def _plan_tree(host: Host, wanted: Wanted, planned: Planned, targets: t.Sequence
                     do=functools.partial(shutil.rmtree, f"{TREE}/{name}", True),
                 )
             )
+
+
+def _package_version(host: Host, series: str) -> str:
+    """Upstream's version of the installed source package; empty where there is none."""
+    package = read_packages(host).get(f"linux-source-{series}")
+    return package.version.partition("-")[0] if package is not None and package.installed else ""
+
+
+def look_again(host: Host, planned: Planned) -> None:
+    """Fill in what shows only once the plan has been applied: the packages that came, and the sources' version."""
+    for step in planned.plan.steps:
+        if isinstance(step, InstallPackages):
+            planned.installs = sorted(step.added)
+    planned.kernels = read_kernels(host)
+    kernel = next((one for one in planned.kernels if one.running), None)
+    if planned.source is None or kernel is None:
+        return
+    if planned.source["package"] is not None:
+        planned.source["version"] = _package_version(host, kernel.series) or None
+    version = planned.source["version"]
+    if version is not None and kernel.version is not None and version != kernel.version:
+        planned.warnings.append(
+            f"The sources are those of Linux {version}, the running kernel is {kernel.version}. Within a stable series "
+            "that differs by fixes only; a difference that matters would not have compiled."
+        )
 
 
 def _series(version: str) -> str:

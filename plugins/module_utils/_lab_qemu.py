@@ -454,7 +454,7 @@ def machine_arguments(accelerator: str, memory: int, cpus: int) -> t.List[str]:
         *("-machine", machine),
         *("-accel", "kvm" if kvm else "tcg,thread=multi"),
         # Under TCG "max" shows AMD SVM to the guest, so that it has a working /dev/kvm of its own.
-        *("-cpu", "max"),
+        *("-cpu", "max,la57=off"),
         *("-smp", str(cpus), "-m", str(memory)),
     ]
 

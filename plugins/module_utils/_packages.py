@@ -244,6 +244,7 @@ class InstallPackages(Step):
         optional: those of the packages that are left out where apt does not know them.
         explain: turns "apt knows no such package" into an error that says what that means here.
         change: what apt says it will do, where that has been asked already.
+        added: the packages that it installed, those that others needed included (once applied).
     """
 
     names: t.Sequence[str] = ()
@@ -252,9 +253,9 @@ class InstallPackages(Step):
     optional: t.Collection[str] = ()
     explain: t.Callable[[UnknownPackages], HostError] | None = None
     change: Change | None = None
+    added: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._added: list[str] = []
         self._record: dict[str, set[str]] = {}
 
     def apply(self) -> None:
@@ -274,7 +275,7 @@ class InstallPackages(Step):
         for name in change.new:
             record.setdefault(name, set()).add(self.purpose)
         # Before the installation: a run that is killed in the middle must still know what was not there.
-        self._added = list(change.new)
+        self.added = list(change.new)
         _write_record(record)
         try:
             self._install()
@@ -321,7 +322,7 @@ class InstallPackages(Step):
 
     def undo(self) -> None:
         packages = read_packages(Host())
-        there = [name for name in self._added if _bare(name) in packages and packages[_bare(name)].version]
+        there = [name for name in self.added if _bare(name) in packages and packages[_bare(name)].version]
         if there:
             run(["apt-get", "-y", "-q", *_APT, "purge", *there], 1800)
         _write_record(self._record)

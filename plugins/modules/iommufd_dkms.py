@@ -200,19 +200,19 @@ def work(module: AnsibleModule) -> Outcome:
         planned = _dkms.plan_absent(host)
     return Outcome(
         plan=planned.plan,
-        result=_result(host, planned, planned.kernels),
+        result=_result(host, planned),
         after=lambda: _verify(host, planned, present),
         warnings=planned.warnings,
     )
 
 
-def _result(host: Host, planned: _dkms.Planned, kernels: list[_dkms.Kernel]) -> dict[str, t.Any]:
-    running = next((kernel for kernel in kernels if kernel.running), None)
+def _result(host: Host, planned: _dkms.Planned) -> dict[str, t.Any]:
+    running = next((kernel for kernel in planned.kernels if kernel.running), None)
     secure_boot = _dkms.read_secure_boot(host)
     return {
         "needed": running is not None and running.ours,
         "reason": running.reason if running is not None else "the running kernel has no modules installed",
-        "kernels": [kernel.to_dict() for kernel in kernels],
+        "kernels": [kernel.to_dict() for kernel in planned.kernels],
         "source": planned.source,
         "packages_installed": planned.installs,
         "packages_purged": planned.purges,
@@ -228,13 +228,14 @@ def _result(host: Host, planned: _dkms.Planned, kernels: list[_dkms.Kernel]) -> 
 
 
 def _verify(host: Host, planned: _dkms.Planned, present: bool) -> dict[str, t.Any]:
-    kernels = _dkms.read_kernels(host) if planned.plan.changed else planned.kernels
-    for kernel in kernels:
+    if planned.plan.changed:
+        _dkms.look_again(host, planned)
+    for kernel in planned.kernels:
         if present and kernel.state in ("missing", "partial") and (kernel.running or kernel.newest):
             raise HostError(f"Kernel {kernel.release} still has no iommufd: {kernel.reason}.")
         if not present and kernel.state in ("dkms", "partial"):
             raise HostError(f"Kernel {kernel.release} still has modules of ours: {kernel.reason}.")
-    return _result(host, planned, kernels)
+    return _result(host, planned)
 
 
 def main() -> None:

@@ -70,10 +70,15 @@ distribution:
 kernel:
   description:
     - The running kernel, its configuration (null where it is not kept), command line and the modules that matter.
-    - RV(kernel.virtualization) is V(vmx), V(svm) or empty, by the processor's flags.
-    - RV(kernel.vfio_cdev) tells whether the vfio that is loaded makes character devices; null while none is loaded.
   returned: success
   type: dict
+  contains:
+    virtualization:
+      description: V(vmx), V(svm) or empty, by the processor's flags; null where they are not known.
+      type: str
+    vfio_cdev:
+      description: Whether the vfio that is loaded makes character devices; null while none is loaded.
+      type: bool
   sample:
     release: 6.12.117+deb13-amd64
     installed: [6.12.117+deb13-amd64]
@@ -95,9 +100,12 @@ kernel:
 iommu:
   description:
     - The hardware IOMMUs, and the ACPI table that describes them (V(DMAR), V(IVRS), V(IORT), V(VIOT)).
-    - RV(iommu.interrupt_isolation) tells whether interrupts of devices are remapped; null where it cannot be told.
   returned: success
   type: dict
+  contains:
+    interrupt_isolation:
+      description: Whether interrupts of devices are remapped; null where it cannot be told.
+      type: bool
   sample:
     enabled: true
     units: [{name: dmar0, kind: VT-d}]

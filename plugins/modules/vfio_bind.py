@@ -120,7 +120,21 @@ devices:
   returned: success
   type: list
   elements: dict
-  sample: []
+  sample:
+    - address: "0000:01:00.0"
+      vendor_id: "0x1b36"
+      device_id: "0x0010"
+      class_id: "0x010802"
+      driver: vfio-pci
+      driver_override: vfio-pci
+      from_driver: nvme
+      to_driver: vfio-pci
+      reason: named by devices[0]
+      persistent: true
+      iommu_group: 13
+      numa_node: null
+      vfio_device: /dev/vfio/devices/vfio1
+      in_use: []
   contains:
     address:
       description: PCI address.
@@ -158,7 +172,16 @@ plan:
   returned: success
   type: list
   elements: str
-  sample: []
+  sample:
+    - load vfio-pci
+    - bind 0000:01:00.0 to vfio-pci (it has nvme; named by devices[0])
+    - write /etc/initramfs-tools/hooks/iommufd-host
+    - write /etc/iommufd-host/devices.sh
+    - write /etc/udev/rules.d/10-iommufd-host-devices.rules
+    - write /etc/systemd/system/iommufd-host-devices.service
+    - enable iommufd-host-devices.service
+    - write /etc/iommufd-host/devices.conf
+    - put the list of devices into /boot/initrd.img-6.12.117+deb13-amd64
 reboot_required:
   description: Always false; the devices are moved at once.
   returned: success
@@ -169,7 +192,13 @@ refusals:
   returned: when refused
   type: list
   elements: dict
-  sample: []
+  sample:
+    - address: "0000:02:00.0"
+      reason: "0000:02:00.0 is in use: nvme0n1 is mounted on /mnt"
+      uses:
+        - kind: mount
+          name: /mnt
+          detail: nvme0n1 is mounted on /mnt
 """
 
 import typing as t

@@ -10,6 +10,7 @@ import subprocess
 import typing as t
 
 import pytest
+
 from ansible_collections.iommufd.host.plugins.module_utils import _dkms
 from ansible_collections.iommufd.host.plugins.module_utils._dkms_frame import FILES, MODULES, TREE, VERSION
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
@@ -108,9 +109,7 @@ def test_a_fresh_stock_kernel(host: Debian) -> None:
     planned = present(host)
     assert [kernel.state for kernel in planned.kernels] == ["missing"]
     summary = planned.plan.summary()
-    assert summary[0] == (
-        f"install the packages dkms linux-source-6.12 linux-headers-{RELEASE} linux-headers-amd64"
-    )
+    assert summary[0] == (f"install the packages dkms linux-source-6.12 linux-headers-{RELEASE} linux-headers-amd64")
     assert summary[-2:] == [
         "take iommufd and vfio of Linux 6.12 out of /usr/src/linux-source-6.12.tar.xz",
         f"build and install iommufd and vfio for kernel {RELEASE} with DKMS",
@@ -192,7 +191,7 @@ def test_an_old_kernel_without_headers_is_left_alone(host: Debian) -> None:
 def test_no_sources_is_one_clear_error(host: Debian) -> None:
     host.kernel(headers=True)
     host.unknown = ["linux-source-6.12"]
-    with pytest.raises(HostError, match="no sources to build it from: the package linux-source-6.12") as caught:
+    with pytest.raises(HostError, match=r"no sources to build it from: the package linux-source-6\.12") as caught:
         present(host)
     assert RELEASE in caught.value.message
 
@@ -200,7 +199,7 @@ def test_no_sources_is_one_clear_error(host: Debian) -> None:
 def test_headers_that_left_the_archive_are_explained(host: Debian) -> None:
     host.kernel()
     host.unknown = [f"linux-headers-{RELEASE}"]
-    with pytest.raises(HostError, match="Upgrade the kernel .* reboot into it"):
+    with pytest.raises(HostError, match=r"Upgrade the kernel .* reboot into it"):
         present(host)
 
 
@@ -214,7 +213,7 @@ def test_a_metapackage_that_apt_does_not_know_is_left_out(host: Debian) -> None:
 
 def test_packages_that_may_not_be_installed_are_named(host: Debian) -> None:
     host.kernel()
-    with pytest.raises(HostError, match="dkms linux-source-6.12 linux-headers-"):
+    with pytest.raises(HostError, match=r"dkms linux-source-6\.12 linux-headers-"):
         present(host, install_packages=False)
 
 

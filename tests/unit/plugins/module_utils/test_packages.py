@@ -8,6 +8,7 @@ import pathlib
 import typing as t
 
 import pytest
+
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
 from ansible_collections.iommufd.host.plugins.module_utils._packages import (

@@ -216,7 +216,7 @@ def test_merge_is_right_minimal_idempotent_and_taken_back_to_the_byte(
     assert conf.merge(conf.merge(data, earlier, default), devices, default) == result
 
 
-@MANY
+@hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(files(), DEVICES, VERSIONS)
 def test_foreign_lines_stay(data: bytes, devices: list[str], version: str) -> None:
     result = conf.merge(data, devices, conf.built_in(version))
@@ -260,7 +260,7 @@ def test_libvirt_refuses_what_we_refuse(parsers: list[Libvirt]) -> None:
         "-",
     ]
 
-    @hypothesis.settings(max_examples=3000, deadline=None)
+    @hypothesis.settings(max_examples=1000, deadline=None)
     @hypothesis.given(st.lists(st.sampled_from(pieces), max_size=14).map("".join))
     def run(text: str) -> None:
         data = text.encode()

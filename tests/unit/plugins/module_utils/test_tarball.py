@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 
 import pytest
+
 from ansible_collections.iommufd.host.plugins.module_utils._tarball import NotSeekable, SortedTarball
 
 TOP = "linux-source-6.12"

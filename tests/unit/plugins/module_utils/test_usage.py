@@ -355,13 +355,15 @@ def test_a_mediated_device(machine: Machine) -> None:
     assert reasons(machine, "0000:02:00.0") == [("mdev", "8f3d", "the mediated device 8f3d stands on it")]
 
 
-def test_a_real_machine(vgpu_node: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The recording has no /proc: the root filesystem and the routes are added."""
-    shutil.copytree(vgpu_node / "sys", tmp_path / "sys", symlinks=True)
-    machine = Machine(tmp_path)
-    machine.mounts(("8:4", "/", "ext4", "/dev/sda4"), ("0:25", "/proc", "proc", "proc"))
-    machine.routes(("mgmt-br", "0.0.0.0", "192.168.1.1", "0.0.0.0"))
-    found = all_uses(Host(str(tmp_path)))
+def test_a_real_machine(vgpu_node: pathlib.Path) -> None:
+    """The recording has no /proc: the root filesystem and the routes are lent to it."""
+    machine = Machine(vgpu_node)
+    try:
+        machine.mounts(("8:4", "/", "ext4", "/dev/sda4"), ("0:25", "/proc", "proc", "proc"))
+        machine.routes(("mgmt-br", "0.0.0.0", "192.168.1.1", "0.0.0.0"))
+        found = all_uses(Host(str(vgpu_node)))
+    finally:
+        shutil.rmtree(vgpu_node / "proc")
     assert {address: [(use.kind, use.name) for use in some] for address, some in found.items()} == {
         "0000:01:00.1": [("console", "display")],
         "0000:03:00.0": [("mount", "/")],

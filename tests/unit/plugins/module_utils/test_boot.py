@@ -1,0 +1,264 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+
+from ansible_collections.iommufd.host.plugins.module_utils import _boot
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._files import own_header
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+
+DROP_IN = "/etc/default/grub.d/60-iommufd-host.cfg"
+CONFIG = "/boot/grub/grub.cfg"
+ENTRIES = """\
+### BEGIN /etc/grub.d/10_linux ###
+menuentry 'Debian GNU/Linux' {{
+\tlinux\t/boot/vmlinuz-6.12 root=UUID=1 ro {linux} {default}
+\tinitrd\t/boot/initrd.img-6.12
+}}
+submenu 'Advanced options' {{
+\tmenuentry 'recovery mode' {{
+\t\tlinux\t/boot/vmlinuz-6.12 root=UUID=1 ro single {linux}
+\t}}
+}}
+### END /etc/grub.d/10_linux ###
+### BEGIN /etc/grub.d/40_custom ###
+menuentry 'memtest' {{
+\tlinux\t/boot/memtest quiet
+}}
+### END /etc/grub.d/40_custom ###
+"""
+
+
+class Debian(Host):
+    """A synthetic host with GRUB."""
+
+    def __init__(self, root: pathlib.Path, linux: str = "", default: str = "quiet", table: str = "DMAR") -> None:
+        super().__init__(str(root))
+        self.base = root
+        self.put(
+            "/etc/default/grub",
+            f'GRUB_TIMEOUT=5\nGRUB_CMDLINE_LINUX_DEFAULT="{default}"\nGRUB_CMDLINE_LINUX="{linux}"\n',
+        )
+        self.entries(linux, default)
+        self.put("/usr/sbin/grub-mkconfig", "for x in ${sysconfdir}/default/grub.d/*.cfg ; do")
+        (root / "usr/sbin/grub-mkconfig").chmod(0o755)
+        self.put("/proc/sys/kernel/osrelease", "6.12\n")
+        self.put("/proc/cmdline", f"BOOT_IMAGE=/boot/vmlinuz-6.12 root=UUID=1 ro {linux} {default}\n")
+        self.kernel("CONFIG_INTEL_IOMMU_DEFAULT_ON_INTGPU_OFF=y\n")
+        if table:
+            self.put(f"/sys/firmware/acpi/tables/{table}")
+
+    def put(self, path: str, text: str = "") -> None:
+        target = self.base / path[1:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+    def kernel(self, config: str) -> None:
+        self.put("/boot/config-6.12", config)
+
+    def entries(self, linux: str, default: str) -> None:
+        self.put(CONFIG, ENTRIES.format(linux=linux, default=default))
+
+    def groups(self) -> None:
+        (self.base / "sys/kernel/iommu_groups/0").mkdir(parents=True)
+
+
+def test_a_kernel_with_the_iommu_on_by_default_needs_nothing(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.groups()
+    decided = _boot.decide_present(host, [], True)
+    assert (decided.args, decided.plan.summary(), decided.reasons) == ([], [], [])
+    assert decided.iommu.kind == "VT-d"
+    assert "CONFIG" not in decided.iommu.reason
+    assert "/boot/config-6.12" in decided.iommu.reason
+
+
+def test_a_kernel_that_leaves_it_off_needs_the_argument(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.kernel("CONFIG_INTEL_IOMMU=y\n")
+    decided = _boot.decide_present(host, [], True)
+    assert decided.args == ["intel_iommu=on"]
+    assert decided.plan.summary() == [f"write {DROP_IN}", f"write the boot entries ({CONFIG})"]
+    assert decided.plan.steps[0].after == own_header() + 'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX intel_iommu=on"\n'
+    assert decided.plan.steps[1].before == "quiet\n"
+    assert decided.plan.steps[1].after == "intel_iommu=on quiet\n"
+    assert decided.reasons == ["intel_iommu=on is not in effect in the running kernel yet"]
+
+
+def test_what_others_turned_off_behind_us_is_turned_on_behind_them(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, default="quiet intel_iommu=off")
+    decided = _boot.decide_present(host, [], True)
+    assert decided.configured == "intel_iommu=on quiet intel_iommu=off intel_iommu=on"
+    assert 'GRUB_CMDLINE_LINUX_DEFAULT="$GRUB_CMDLINE_LINUX_DEFAULT intel_iommu=on"' in decided.plan.steps[0].after
+    assert decided.reasons == ["intel_iommu=on is not in effect in the running kernel yet"]
+
+
+def applied(host: Debian, decided: _boot.Decided, linux: str, default: str) -> None:
+    """The host as applying the plan would leave it."""
+    host.put(DROP_IN, decided.plan.steps[0].after)
+    host.entries(linux, default)
+    os.utime(host.base / DROP_IN[1:], (1000, 1000))
+
+
+def test_a_second_run_has_nothing_to_do_and_the_reboot_stays_due(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, default="quiet intel_iommu=off")
+    decided = _boot.decide_present(host, [], True)
+    applied(host, decided, "intel_iommu=on", "quiet intel_iommu=off intel_iommu=on")
+    again = _boot.decide_present(host, [], True)
+    assert again.args == ["intel_iommu=on"]
+    assert again.plan.summary() == []
+    assert again.reasons == decided.reasons
+    host.put("/proc/cmdline", "root=UUID=1 ro intel_iommu=on quiet intel_iommu=off intel_iommu=on\n")
+    host.groups()
+    assert _boot.decide_present(host, [], True).reasons == []
+
+
+def test_a_run_killed_before_the_entries_were_written_writes_them(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.kernel("")
+    decided = _boot.decide_present(host, [], True)
+    host.put(DROP_IN, decided.plan.steps[0].after)
+    assert _boot.decide_present(host, [], True).plan.summary() == [f"write the boot entries ({CONFIG})"]
+    # Entries that already have it, but are older than the file, may still have what the file had before.
+    host.entries("intel_iommu=on", "quiet")
+    os.utime(host.base / CONFIG[1:], (1000, 1000))
+    assert _boot.decide_present(host, [], True).plan.summary() == [f"write the boot entries ({CONFIG})"]
+
+
+def test_an_argument_that_others_have_configured_is_not_added_again(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, linux="intel_iommu=on")
+    host.kernel("")
+    decided = _boot.decide_present(host, ["quiet"], True)
+    assert decided.args == []
+    assert decided.plan.summary() == []
+
+
+def test_one_entry_without_it_is_enough_to_write_them_all(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.kernel("")
+    decided = _boot.decide_present(host, [], True)
+    applied(host, decided, "", "quiet intel_iommu=on")  # the recovery entry lacks it
+    assert _boot.decide_present(host, [], True).plan.summary() == [f"write the boot entries ({CONFIG})"]
+
+
+@pytest.mark.parametrize("table", ["IVRS", "IORT", "VIOT"])
+def test_other_iommus_need_no_argument(tmp_path: pathlib.Path, table: str) -> None:
+    host = Debian(tmp_path, table=table)
+    host.groups()
+    assert _boot.decide_present(host, [], True).args == []
+
+
+def test_a_machine_without_an_iommu_is_told_so(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, table="")
+    with pytest.raises(HostError, match="firmware announces no IOMMU"):
+        _boot.decide_present(host, [], True)
+    assert _boot.decide_present(host, ["nosmt"], False).args == ["nosmt"]
+
+
+@pytest.mark.parametrize(("table", "argument"), [("IVRS", "amd_iommu=off"), ("DMAR", "iommu=off")])
+def test_what_cannot_be_overridden_is_refused_by_name(tmp_path: pathlib.Path, table: str, argument: str) -> None:
+    with pytest.raises(Refusal, match=argument):
+        _boot.decide_present(Debian(tmp_path, default=f"quiet {argument}", table=table), [], True)
+
+
+def test_off_by_hand_at_the_last_boot_takes_a_reboot_only(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.put("/proc/cmdline", "root=UUID=1 ro quiet intel_iommu=off\n")
+    decided = _boot.decide_present(host, [], True)
+    assert decided.plan.summary() == []
+    assert decided.reasons == ["the running kernel was started with intel_iommu=off, which is not configured"]
+
+
+def test_no_groups_without_a_reason_is_a_warning(tmp_path: pathlib.Path) -> None:
+    decided = _boot.decide_present(Debian(tmp_path), [], True)
+    assert decided.reasons == []
+    assert "No device is in an IOMMU group" in decided.warnings[0]
+
+
+def test_absent_takes_ours_out_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, linux="console=ttyS0")
+    host.put(DROP_IN, own_header() + 'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX iommu=pt"\n')
+    host.entries("console=ttyS0 iommu=pt", "quiet")
+    host.put("/proc/cmdline", "root=UUID=1 ro console=ttyS0 iommu=pt quiet\n")
+    decided = _boot.decide_absent(host, [])
+    assert decided.plan.summary() == [f"remove {DROP_IN}", f"write the boot entries ({CONFIG})"]
+    assert decided.plan.steps[1].before == "console=ttyS0 iommu=pt quiet\n"
+    assert decided.plan.steps[1].after == "console=ttyS0 quiet\n"
+    assert decided.reasons == ["iommu=pt is still in effect in the running kernel"]
+
+
+def test_absent_after_a_killed_absent_still_writes_the_entries(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.entries("intel_iommu=on", "quiet")
+    assert _boot.decide_absent(host, []).plan.summary() == [f"write the boot entries ({CONFIG})"]
+
+
+def test_absent_on_a_host_without_us_does_nothing(tmp_path: pathlib.Path) -> None:
+    assert _boot.decide_absent(Debian(tmp_path, linux="intel_iommu=on"), []).plan.summary() == []
+
+
+def test_a_foreign_file_at_our_path_is_left_alone(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.put(DROP_IN, 'GRUB_CMDLINE_LINUX="mine"\n')
+    with pytest.raises(HostError, match="not ours"):
+        _boot.decide_absent(host, [])
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        (["/usr/bin/grubby"], "grubby"),
+        (["/boot/efi/loader/loader.conf"], "systemd-boot"),
+        (["/etc/zipl.conf"], "zipl"),
+        ([], "not known"),
+    ],
+)
+def test_other_boot_loaders_are_named_and_only_matter_where_something_is_needed(
+    tmp_path: pathlib.Path, files: list[str], name: str
+) -> None:
+    host = Debian(tmp_path)
+    (tmp_path / CONFIG[1:]).unlink()
+    for path in files:
+        host.put(path)
+        (tmp_path / path[1:]).chmod(0o755)
+    assert _boot.decide_present(host, [], True).loader is None
+    with pytest.raises(HostError, match=f"{name}.*By hand|{name}.*by hand: nosmt"):
+        _boot.decide_present(host, ["nosmt"], True)
+
+
+@pytest.mark.parametrize("value", ["a b", 'x="y"', "$(reboot)", "", "=on", "a;b"])
+def test_arguments_that_would_not_arrive_are_refused(value: str) -> None:
+    with pytest.raises(OptionError, match=r"args\[1\]"):
+        _boot.check_arguments("args", ["intel_iommu=on", value])
+    _boot.check_arguments("args", ["vfio-pci.disable_vga=1", "console=ttyS0,115200n8", "nosmt"])
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted", "missing"),
+    [
+        ("a=1 b", ["a=1"], []),
+        ("a=1 a=2", ["a=1"], ["a=1"]),
+        ("a=2 a=1", ["a=1"], []),
+        ("a-b=1 a_b=2", ["a-b=1"], ["a-b=1"]),
+        ("console=tty0 console=ttyS0", ["console=tty0", "console=ttyS0"], []),
+        ("console=ttyS0 console=tty0", ["console=tty0", "console=ttyS0"], ["console=ttyS0"]),
+        ("", ["a"], ["a"]),
+    ],
+)
+def test_the_last_value_counts(line: str, wanted: list[str], missing: list[str]) -> None:
+    assert _boot.ineffective(line.split(), wanted) == missing
+
+
+def test_drop_ins_of_others_are_read_in_order(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, linux="one")
+    host.put("/etc/default/grub.d/10-x.cfg", 'GRUB_CMDLINE_LINUX="${GRUB_CMDLINE_LINUX} two"  # words\n')
+    host.put("/etc/default/grub.d/20-x.cfg", "GRUB_CMDLINE_LINUX='only three'\n")
+    host.put("/etc/default/grub.d/30-x.cfg.bak", "GRUB_CMDLINE_LINUX=no\n")
+    assert _boot.Grub(host).foreign() == ["only", "three", "quiet"]
