@@ -1,17 +1,17 @@
 # Copyright (c) 2026, the iommufd.host authors
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
-"""The life of lab hosts: create, start, wait for, stop, remove.
+
+"""One lab host: what is on disk of it, the process that emulates it, and the way in.
 
 Everything of a host lies in one directory, ``<lab_dir>/<name>``: its overlay disk, the disks of its devices, its keys,
 ``state.json`` (what it was made of), ``serial.log``, ``qemu.stderr``, ``qemu.pid``, ``qmp.sock`` and ``ssh``, a script
-that leads into it. What all hosts of a lab share lies beside: the client's key pair and ``inventory.yml``.
+that leads into it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -26,38 +26,39 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from ansible_collections.iommufd.host.plugins.module_utils._lab_image import tail
-from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
-    Device,
-    HostSpec,
-    Json,
-    LabError,
-    accelerator,
-    describe,
-    disk_file,
-    emulator_version,
-    host_arguments,
-    memory_available,
-)
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import host_arguments
+from ansible_collections.iommufd.host.plugins.module_utils._lab_run import tail
+from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import Device, HostSpec, Json, describe, disk_file
+from ansible_collections.iommufd.host.plugins.module_utils._plan import run, wait_until
 
-Progress = t.Callable[[str], None]
-
-#: Memory that an emulator takes beyond the guest's, in MiB: its own, and the translated code of TCG.
-OVERHEAD = 256
-
+LOOPBACK = "127.0.0.1"
 _POLL = 0.2
-_ADDRESS = "127.0.0.1"
 
-#: Words on the serial console after which nobody will answer by ssh any more.
+# Words on the serial console after which nobody will answer by ssh any more.
 _HOPELESS = re.compile(
     rb"Kernel panic - not syncing|You are in emergency mode|Entering emergency mode|grub rescue>"
     rb"|No bootable device|\(initramfs\)"
 )
 
 
-@dataclass
+def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file so that readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def new_key(path: Path, comment: str) -> None:
+    """Make a key pair without a passphrase; raises HostError where ssh-keygen is missing."""
+    run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)])
+
+
+@dataclass(frozen=True)
 class Machine:
-    """One host's directory, whether it exists or not."""
+    """One host's directory, whether it exists or not, and what runs from it."""
 
     lab_dir: Path
     name: str
@@ -65,6 +66,16 @@ class Machine:
     @property
     def directory(self) -> Path:
         return self.lab_dir / self.name
+
+    @property
+    def client_key(self) -> Path:
+        """The lab's own private key; no key of the user is touched."""
+        return self.lab_dir / "id_ed25519"
+
+    @property
+    def failure_log(self) -> Path:
+        """Where the console of a start that failed is kept."""
+        return self.lab_dir / f"{self.name}-failed.log"
 
     def state(self) -> Json:
         """What the host was made of; empty where there is no host."""
@@ -74,23 +85,18 @@ class Machine:
             return {}
         return found
 
-    def write_state(self, state: Json) -> None:
-        write_whole(self.directory / "state.json", json.dumps(state, indent=2, sort_keys=True) + "\n")
-
-    def pid(self) -> t.Optional[int]:
+    def pid(self) -> int | None:
         """The emulator's process, None where it does not run.
 
-        Never a stranger's: the process must carry the random uuid of this start on its command line.
+        Never a stranger's: the process must carry the random uuid of this host's last start on its command line.
         """
         state = self.state()
-        pid = state.get("pid")
-        if not pid:
-            return None
+        pid, token = int(state.get("pid") or 0), str(state.get("uuid") or "")
         try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if pid and token else []
         except OSError:
             return None
-        return int(pid) if str(state["uuid"]).encode() in words else None
+        return pid if token.encode() in words else None
 
     def status(self) -> str:
         """``started``, ``stopped`` or ``absent``."""
@@ -98,289 +104,180 @@ class Machine:
             return "absent"
         return "started" if self.pid() is not None else "stopped"
 
-    def qmp(self, command: str, timeout: float = 5.0) -> bool:
-        """Send one command to the emulator. False where it did not take it (it ended meanwhile, or hangs)."""
-        try:
-            # Through the directory's descriptor: a socket's path may not be longer than 107 bytes, a lab's may.
-            directory = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-                channel.settimeout(timeout)
-                channel.connect(f"/proc/self/fd/{directory}/qmp.sock")
-                with channel.makefile("rw", encoding="utf-8") as lines:
-                    lines.readline()
-                    for word in ("qmp_capabilities", command):
-                        lines.write(json.dumps({"execute": word}) + "\n")
-                        lines.flush()
-                        while True:
-                            line = lines.readline()
-                            if not line:
-                                # "quit" may close the channel before it answers.
-                                return word == "quit"
-                            answer = json.loads(line)
-                            if "error" in answer:
-                                return False
-                            if "return" in answer:
-                                break
-        except (OSError, ValueError):
-            return False
-        finally:
-            os.close(directory)
-        return True
+    # -- the way in ------------------------------------------------------------------------------------------------
+
+    def ssh_options(self) -> list[str]:
+        """Options of ssh: only the lab's key, and only the host key that this host was given."""
+        return [
+            *("-F", "none", "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=yes"),
+            *("-o", f'UserKnownHostsFile="{self.directory / "known_hosts"}"'),
+            *("-o", f"HostKeyAlias={self.name}"),
+        ]
+
+    def ansible_vars(self) -> Json:
+        """The variables with which Ansible reaches the host; empty where it does not run."""
+        if self.status() != "started":
+            return {}
+        return {
+            "ansible_connection": "ssh",
+            "ansible_host": LOOPBACK,
+            "ansible_port": self.state()["port"],
+            "ansible_user": "root",
+            "ansible_ssh_private_key_file": str(self.client_key),
+            "ansible_ssh_common_args": " ".join(shlex.quote(word) for word in self.ssh_options()),
+            "ansible_python_interpreter": "/usr/bin/python3",
+        }
 
     def report(self) -> Json:
         """What callers need to know about the host."""
         state = self.state()
-        status = self.status()
+        running = self.status() == "started"
         return {
             "name": self.name,
-            "state": status,
+            "state": self.status(),
             "directory": str(self.directory),
             "image": state.get("image"),
             "memory": state.get("memory"),
             "cpus": state.get("cpus"),
             "iommu": state.get("iommu"),
-            "accelerator": state.get("accelerator") if status == "started" else None,
-            "port": state.get("port") if status == "started" else None,
-            "pid": state.get("pid") if status == "started" else None,
             "devices": state.get("devices", []),
-            "ansible_vars": connection(self, state) if status == "started" else {},
+            "accelerator": state.get("accelerator") if running else None,
+            "port": state.get("port") if running else None,
+            "pid": state.get("pid") if running else None,
+            "seconds": state.get("seconds") if running else None,
+            "ansible_vars": self.ansible_vars(),
         }
 
+    # -- making and removing ---------------------------------------------------------------------------------------
 
-def connection(machine: Machine, state: Json) -> Json:
-    """The variables with which Ansible reaches a host."""
+    def create(self, host: HostSpec) -> None:
+        """Make the host's directory with its overlay disk and its keys."""
+        if not self.client_key.exists():
+            new_key(self.client_key, "lab")
+        shutil.rmtree(self.directory, ignore_errors=True)
+        identity = self.directory / "identity"
+        identity.mkdir(parents=True)
+        new_key(identity / "lab.host_key", host.name)
+        kind, public = (identity / "lab.host_key.pub").read_text(encoding="ascii").split()[:2]
+        write_whole(self.directory / "known_hosts", f"{host.name} {kind} {public}\n")
+        shutil.copyfile(f"{self.client_key}.pub", identity / "lab.authorized_keys")
+        write_whole(identity / "lab.hostname", f"{host.name}\n")
+        overlay = str(self.directory / "disk.qcow2")
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", host.image, overlay])
+        # Last: with it the host exists.
+        self.update_state({"name": host.name, "image": host.image, **_hardware(host)})
+
+    def remove(self) -> None:
+        """End the host, whatever it does, and remove all that it had."""
+        end([self], 0)
+        if self.directory.is_dir():
+            shutil.rmtree(self.directory)
+        self.failure_log.unlink(missing_ok=True)
+
+    def update_state(self, changes: Json) -> None:
+        """Write down what the host is made of."""
+        state = dict(self.state(), **changes)
+        write_whole(self.directory / "state.json", json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+    # -- the emulator's monitor ------------------------------------------------------------------------------------
+
+    def command(self, word: str, timeout: float = 5.0) -> bool:
+        """Send a command without arguments to the emulator; False where it did not take it (it hangs, or is gone)."""
+        with contextlib.ExitStack() as stack:
+            try:
+                # Through the directory's descriptor: a socket's path has at most 107 bytes, a lab's may have more.
+                directory = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, directory)
+                channel = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                channel.settimeout(timeout)
+                channel.connect(f"/proc/self/fd/{directory}/qmp.sock")
+                lines = stack.enter_context(channel.makefile("rw", encoding="utf-8"))
+                lines.readline()  # the greeting
+                return _execute(lines, "qmp_capabilities") and _execute(lines, word)
+            except (OSError, ValueError):
+                return False
+
+
+def _execute(lines: t.TextIO, word: str) -> bool:
+    lines.write(json.dumps({"execute": word}) + "\n")
+    lines.flush()
+    for line in lines:  # events may come before the answer
+        answer = json.loads(line)
+        if "return" in answer or "error" in answer:
+            return "return" in answer
+    return False
+
+
+def _hardware(host: HostSpec) -> Json:
+    hardware = host.hardware()
     return {
-        "ansible_connection": "ssh",
-        "ansible_host": _ADDRESS,
-        "ansible_port": state["port"],
-        "ansible_user": "root",
-        "ansible_ssh_private_key_file": str(machine.lab_dir / "id_ed25519"),
-        "ansible_ssh_common_args": " ".join(shlex.quote(word) for word in _ssh_options(machine)),
-        "ansible_python_interpreter": "/usr/bin/python3",
+        "hardware": hardware,
+        "memory": host.memory,
+        "cpus": host.cpus,
+        "iommu": host.iommu,
+        "devices": describe(host),
     }
 
 
-def _ssh_options(machine: Machine) -> t.List[str]:
-    return [
-        *("-F", "none", "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=yes"),
-        *("-o", f'UserKnownHostsFile="{machine.directory / "known_hosts"}"'),
-        *("-o", f"HostKeyAlias={machine.name}"),
-    ]
-
-
-def write_whole(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as handle:
-        handle.write(text)
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def locked(lab_dir: Path) -> t.Iterator[None]:
-    """One caller at a time in a lab. The lock file is removed with the last host."""
-    lab_dir.mkdir(parents=True, exist_ok=True)
-    path = lab_dir / ".lock"
-    while True:
-        with open(path, "w", encoding="ascii") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            try:
-                current = os.stat(path).st_ino
-            except FileNotFoundError:
-                current = 0
-            if current != os.fstat(handle.fileno()).st_ino:
-                # Removed while we waited for it, together with the lab.
-                lab_dir.mkdir(parents=True, exist_ok=True)
-                continue
-            try:
-                yield
-            finally:
-                if not machines(lab_dir):
-                    # The last host is gone, and so is the lab.
-                    for name in ("id_ed25519", "id_ed25519.pub", "inventory.yml", ".lock"):
-                        with contextlib.suppress(FileNotFoundError):
-                            (lab_dir / name).unlink()
-                    with contextlib.suppress(OSError):
-                        lab_dir.rmdir()
-            return
-
-
-def machines(lab_dir: Path) -> t.List[Machine]:
-    """All hosts of a lab, by name."""
-    return [Machine(lab_dir, path.parent.name) for path in sorted(lab_dir.glob("*/state.json"))]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What is to be done
-
-
-def plan_start(machine: Machine, host: HostSpec, restart: bool) -> t.List[str]:
-    """The steps that bring a host up as declared: of ``stop``, ``create``, ``start``.
-
-    Raises LabError where the host exists but was made of something else than declared, and says how to go on.
-    """
-    status = machine.status()
-    if status == "absent":
-        if not host.image:
-            raise LabError(f"host {host.name}: image: missing; expected the path of an image made by lab_image")
-        if not Path(host.image).is_file():
-            raise LabError(f"host {host.name}: image: {host.image} does not exist; build it with lab_image")
-        return ["create", "start"]
-    state = machine.state()
-    if host.image and host.image != state["image"]:
-        raise LabError(
-            f"host {host.name} was made from another image ({state['image']}, declared is {host.image}); "
-            "remove the host first (state absent)"
-        )
-    if not Path(state["image"]).is_file():
-        raise LabError(f"host {host.name}: its image {state['image']} is gone; remove the host (state absent)")
-    if status == "stopped":
-        return ["start"]
-    if restart:
-        return ["stop", "start"]
-    hardware = host.hardware()
-    different = [name for name, value in hardware.items() if value != state["hardware"][name]]
-    if different:
-        raise LabError(
-            f"host {host.name} runs with other hardware than declared ({', '.join(different)}); "
-            "state restarted gives it the declared one"
-        )
-    return []
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Steps
-
-
-def ensure_client_key(lab_dir: Path) -> None:
-    """The lab's own key pair; no key of the user is touched."""
-    if not (lab_dir / "id_ed25519").exists():
-        _ssh_keygen(lab_dir / "id_ed25519", "lab")
-
-
-def _ssh_keygen(path: Path, comment: str) -> None:
-    tool = shutil.which("ssh-keygen")
-    if tool is None:
-        raise LabError("ssh-keygen is not installed; on Debian and Ubuntu: apt install openssh-client")
-    subprocess.run(
-        [tool, "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-
-
-def create(machine: Machine, host: HostSpec) -> None:
-    """Make the host's directory with its overlay disk and its keys. Leaves nothing where it fails."""
-    ensure_client_key(machine.lab_dir)
-    directory = machine.directory
-    shutil.rmtree(directory, ignore_errors=True)
-    try:
-        identity = directory / "identity"
-        identity.mkdir(parents=True)
-        _ssh_keygen(identity / "lab.host_key", host.name)
-        public = (identity / "lab.host_key.pub").read_text(encoding="ascii").split()
-        write_whole(directory / "known_hosts", f"{host.name} {public[0]} {public[1]}\n")
-        shutil.copyfile(machine.lab_dir / "id_ed25519.pub", identity / "lab.authorized_keys")
-        write_whole(identity / "lab.hostname", f"{host.name}\n")
-        _overlay(host.image, directory / "disk.qcow2")
-        machine.write_state({"name": host.name, "image": host.image, "hardware": {}, "port": 0, "uuid": "", "pid": 0})
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
-def _overlay(image: str, path: Path) -> None:
-    tool = shutil.which("qemu-img")
-    if tool is None:
-        raise LabError("qemu-img is not installed; on Debian and Ubuntu: apt install qemu-utils")
-    done = subprocess.run(
-        [tool, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image, str(path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise LabError(f"qemu-img could not make an overlay of {image}: {done.stdout.strip()}")
-
-
-def _device_disk(directory: Path, device: Device) -> None:
-    """The file behind a declared disk: made once, then kept over restarts like a real disk's content."""
-    path = directory / disk_file(device)
-    if path.exists() and path.stat().st_size == device.size:
-        return
-    with open(path, "wb") as handle:
-        handle.write(device.content.encode())
-        handle.truncate(device.size)
-
-
-def free_port(preferred: int = 0) -> int:
-    """A port of 127.0.0.1 on which nobody listens: the preferred one where that is free."""
-    for candidate in (preferred, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_ADDRESS, candidate))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise LabError("no free port on 127.0.0.1")
+# -- starting ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Boot:
-    """A host on its way up."""
+    """A host on its way up; ``process`` is None where another run started it."""
 
     machine: Machine
-    process: "subprocess.Popen[bytes]"
+    process: subprocess.Popen[bytes] | None
     port: int
-    log_start: int
-    started: float
-    seconds: float = 0.0
-    channel: t.Optional[socket.socket] = None
-    channel_since: float = 0.0
+    log_start: int = 0
+    channel: socket.socket | None = None
 
-    def words(self) -> bytes:
-        """What the serial console printed since this start."""
-        try:
-            with open(self.machine.directory / "serial.log", "rb") as handle:
-                handle.seek(self.log_start)
-                return handle.read()
-        except OSError:
-            return b""
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self._connected = 0.0
 
-    def failure(self, reason: str) -> LabError:
-        text = f"host {self.machine.name}: {reason}"
-        errors = tail(self.machine.directory / "qemu.stderr")
-        if errors:
-            text += f"\nthe emulator's own words:\n{errors}"
-        console = tail(self.machine.directory / "serial.log") if self.words() else ""
-        if console:
-            text += f"\nthe last lines of the serial console ({self.machine.directory / 'serial.log'}):\n{console}"
-        else:
-            text += "\nthe serial console stayed silent"
-        return LabError(text)
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def ended(self) -> bool:
+        """Whether the emulator is gone."""
+        if self.process is None:
+            return self.machine.pid() is None
+        return self.process.poll() is not None
+
+    def running_or_ended(self) -> bool:
+        """Whether the emulator has set up all that it was asked for (then it writes its pidfile), or has given up."""
+        return self.ended or (self.machine.directory / "qemu.pid").exists()
 
     def ready(self) -> bool:
         """Whether the ssh server has sent its banner.
 
         The open port alone proves nothing: the emulator itself accepts, whether or not a guest listens behind it.
+
+        Raises:
+            HostError: it never will: the emulator ended, or the console says so.
         """
+        if self.ended:
+            raise self.failure("the emulator ended during the boot")
+        hopeless = _HOPELESS.search(self.console())
+        if hopeless:
+            raise self.failure(f"the boot failed ({hopeless.group().decode()})")
+        return self._banner()
+
+    def _banner(self) -> bool:
         if self.channel is None:
             self.channel = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             self.channel.setblocking(False)
-            self.channel.connect_ex((_ADDRESS, self.port))
-            self.channel_since = time.monotonic()
+            self.channel.connect_ex((LOOPBACK, self.port))
+            self._connected = time.monotonic()
         try:
             data = self.channel.recv(64)
         except BlockingIOError:
-            # A connection made before the guest had a network may never be answered: try another one.
-            if time.monotonic() - self.channel_since > 3:
+            # A connection made before the guest had a network may never be answered: try another one. A busy machine
+            # takes its time to answer, so not too soon.
+            if time.monotonic() - self._connected > 10:
                 self.close()
             return False
         except OSError:
@@ -388,252 +285,190 @@ class Boot:
         self.close()
         return data.startswith(b"SSH-")
 
+    def console(self) -> bytes:
+        """What the serial console printed since this start."""
+        try:
+            with open(self.machine.directory / "serial.log", "rb") as file:
+                file.seek(self.log_start)
+                return file.read()
+        except OSError:
+            return b""
+
+    def failure(self, reason: str) -> HostError:
+        """The error that ends the wait; the last words of emulator and guest are its details."""
+        directory = self.machine.directory
+        text = f"host {self.machine.name}: {reason}"
+        if self.console():
+            shutil.copyfile(directory / "serial.log", self.machine.failure_log)
+            text += f"; the serial console's last lines are below, all of it is in {self.machine.failure_log}"
+        else:
+            text += "; the serial console stayed silent"
+        return HostError(text, emulator=tail(directory / "qemu.stderr"), console=tail(directory / "serial.log"))
+
     def close(self) -> None:
+        """Let go of the connection, not of the host."""
         if self.channel is not None:
             self.channel.close()
             self.channel = None
 
+    def kill(self) -> None:
+        """End what `start` started, at once."""
+        self.close()
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            self.process.wait()
 
-def start(machine: Machine, host: HostSpec, port: int = 0) -> Boot:
-    """Start the emulator; returns as soon as it runs, see `wait`. ``port`` 0 lets us choose one."""
+
+def free_port(preferred: int = 0) -> int:
+    """A port of 127.0.0.1 on which nobody listens: the preferred one where that is free."""
+    for candidate in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            # Connections of the last start that linger in TIME_WAIT do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, candidate))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise HostError(f"There is no free port on {LOOPBACK}")
+
+
+def start(machine: Machine, host: HostSpec, accelerator: str) -> Boot:
+    """Start the emulator; returns as soon as the guest runs, see `wait`.
+
+    Raises:
+        HostError: the emulator refused; quotes it.
+    """
     directory = machine.directory
-    state = machine.state()
     for top in host.devices:
         for device in top.members():
             if device.size:
-                _device_disk(directory, device)
-    if port and free_port(port) != port:
-        raise LabError(f"host {host.name}: port {port} of {_ADDRESS} is in use; name another one, or none")
-    kind = accelerator()
-    last = ""
-    for attempt in range(5):
-        chosen = port or free_port(0 if attempt else int(state.get("port") or 0))
-        token = str(uuid.uuid4())
-        arguments = host_arguments(host, kind, chosen, token)
-        for leftover in ("qemu.pid", "qmp.sock"):
-            with contextlib.suppress(FileNotFoundError):
-                (directory / leftover).unlink()
+                _make_disk(directory / disk_file(device), device)
+    if host.port and free_port(host.port) != host.port:
+        raise HostError(f"host {host.name}: port {host.port} of {LOOPBACK} is in use. Declare another one, or none")
+    # Where somebody takes the port between our look and the emulator's, another one is chosen.
+    for last_attempt in (False, False, True):
+        port = host.port or free_port(int(machine.state().get("port") or 0))
+        boot = _launch(machine, host, accelerator, port)
         try:
-            log_start = (directory / "serial.log").stat().st_size
-        except OSError:
-            log_start = 0
-        with open(directory / "qemu.stderr", "wb") as errors:
-            process = subprocess.Popen(  # pylint: disable=consider-using-with
-                arguments,
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                start_new_session=True,
-            )
-        boot = Boot(machine, process, chosen, log_start, time.monotonic())
-        try:
-            state.update(host.hardware())
-            state.update(
-                hardware=host.hardware(),
-                devices=describe(host),
-                accelerator=kind,
-                port=chosen,
-                uuid=token,
-                pid=process.pid,
-            )
-            machine.write_state(state)
-            # The pidfile is the last thing that the emulator writes before the guest runs.
-            while process.poll() is None and not (directory / "qemu.pid").exists():
-                time.sleep(0.02)
+            wait_until(boot.running_or_ended, 60)
         except BaseException:
-            kill(boot)
+            boot.kill()
             raise
-        if process.poll() is None:
-            _write_ssh(machine, chosen)
+        # One that ended after the guest ran is for `wait` to tell.
+        if not boot.ended or boot.console():
+            _write_ssh(machine, port)
             return boot
-        last = tail(directory / "qemu.stderr")
-        if port or "host forwarding" not in last:
-            break
-        # Somebody took the port between our look and the emulator's: choose another one.
-    raise LabError(f"host {host.name}: the emulator ended at once:\n{last}")
+        words = tail(directory / "qemu.stderr")
+        if last_attempt or "host forwarding" not in "".join(words):
+            raise HostError(f"host {host.name}: the emulator refused to start: {' / '.join(words[-3:])}")
+        machine.update_state({"port": 0})
+    raise AssertionError("the last attempt returns or raises")
 
 
-def kill(boot: Boot) -> None:
-    """End what `start` started, at once."""
-    boot.close()
-    with contextlib.suppress(ProcessLookupError):
-        boot.process.kill()
-    boot.process.wait()
+def _launch(machine: Machine, host: HostSpec, accelerator: str, port: int) -> Boot:
+    directory = machine.directory
+    for leftover in ("qemu.pid", "qmp.sock"):
+        (directory / leftover).unlink(missing_ok=True)
+    log = directory / "serial.log"
+    log_start = log.stat().st_size if log.exists() else 0
+    token = str(uuid.uuid4())
+    with open(directory / "qemu.stderr", "wb") as errors:
+        process = subprocess.Popen(
+            host_arguments(host, accelerator, port, token),
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            # The host outlives this process, and the terminal that it was started from.
+            start_new_session=True,
+        )
+    boot = Boot(machine, process, port, log_start)
+    try:
+        facts = {"accelerator": accelerator, "port": port, "uuid": token, "pid": process.pid, "seconds": None}
+        machine.update_state({**_hardware(host), **facts})
+    except BaseException:
+        boot.kill()
+        raise
+    return boot
+
+
+def _make_disk(path: Path, device: Device) -> None:
+    """The file behind a declared disk: made once, then kept over restarts as a real disk's content is."""
+    if path.exists() and path.stat().st_size == device.size:
+        return
+    with open(path, "wb") as file:
+        file.write(device.content.encode())
+        file.truncate(device.size)
 
 
 def _write_ssh(machine: Machine, port: int) -> None:
-    words = ["ssh", *_ssh_options(machine), "-i", str(machine.lab_dir / "id_ed25519"), "-p", str(port)]
-    text = f'#!/bin/sh\nexec {" ".join(shlex.quote(word) for word in words)} root@{_ADDRESS} "$@"\n'
+    words = ["ssh", *machine.ssh_options(), "-i", str(machine.client_key), "-p", str(port), f"root@{LOOPBACK}"]
+    text = f'#!/bin/sh\nexec {" ".join(shlex.quote(word) for word in words)} "$@"\n'
     write_whole(machine.directory / "ssh", text, 0o755)
 
 
-def wait(boots: t.Sequence[Boot], timeout: float, progress: Progress) -> None:
-    """Wait until every host's ssh server answers, ``timeout`` seconds each from its start.
+def wait(boots: t.Sequence[Boot], timeout: float) -> None:
+    """Wait until every host's ssh server answers.
 
-    Raises LabError for the first host that dies, panics or is late, with its last words; the caller ends the rest.
+    Args:
+        boots: the hosts.
+        timeout: seconds from each host's start.
+
+    Raises:
+        HostError: for the first host that dies, panics or is late, with its last words. All are left as they are.
     """
     pending = list(boots)
-    while pending:
-        for boot in list(pending):
-            if boot.process.poll() is not None:
-                raise boot.failure(f"the emulator ended during the boot (status {boot.process.returncode})")
-            if boot.ready():
-                boot.seconds = round(time.monotonic() - boot.started, 1)
-                progress(f"{boot.machine.name} answers by ssh on port {boot.port} after {boot.seconds} s")
-                pending.remove(boot)
-                continue
-            hopeless = _HOPELESS.search(boot.words())
-            if hopeless:
-                raise boot.failure(f"the boot failed ({hopeless.group().decode()})")
-            if time.monotonic() - boot.started > timeout:
-                raise boot.failure(f"no ssh banner within {timeout:.0f} s")
-        if pending:
-            time.sleep(_POLL)
-
-
-def stop(machine: Machine, timeout: float) -> str:
-    """Shut the host down; after ``timeout`` seconds end the emulator instead.
-
-    Returns how it went: ``powered off``, ``ended`` (by the emulator's own quit) or ``killed``.
-    """
-    pid = machine.pid()
-    if pid is None:
-        return "powered off"
-    way = "powered off"
-    deadline = time.monotonic() + timeout
-    # A guest early in its boot does not hear the power button: press it again every few seconds.
-    pressed = 0.0
-    while machine.pid() is not None and time.monotonic() < deadline:
-        if time.monotonic() - pressed > 5:
-            machine.qmp("system_powerdown")
-            pressed = time.monotonic()
-        time.sleep(_POLL)
-    if machine.pid() is not None:
-        way = "ended"
-        machine.qmp("quit")
-        deadline = time.monotonic() + 5
-        while machine.pid() is not None and time.monotonic() < deadline:
-            time.sleep(_POLL)
-    if machine.pid() is not None:
-        way = "killed"
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        while machine.pid() is not None:
-            time.sleep(_POLL)
-    return way
-
-
-def remove(machine: Machine) -> None:
-    """End the host, whatever it does, and remove all that it had."""
-    if machine.pid() is not None:
-        stop(machine, 0)
-    shutil.rmtree(machine.directory)
-
-
-def write_inventory(lab_dir: Path) -> None:
-    """``inventory.yml`` with the hosts that run, in the group ``lab``; JSON, which is YAML too."""
-    hosts = {}
-    for machine in machines(lab_dir):
-        if machine.status() == "started":
-            hosts[machine.name] = connection(machine, machine.state())
-    text = json.dumps({"lab": {"hosts": hosts}}, indent=2)
-    write_whole(lab_dir / "inventory.yml", f"---\n{text}\n")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The whole
-
-
-def require_resources(hosts: t.Sequence[HostSpec]) -> None:
-    """Raises LabError where the emulator is missing or too old, or where memory is short."""
-    emulator_version()
-    needed = sum(host.memory + OVERHEAD for host in hosts)
-    available = memory_available()
-    if available is not None and needed > available:
-        raise LabError(
-            f"memory is short: {', '.join(host.name for host in hosts)} need {needed} MiB, available are "
-            f"{available} MiB; stop other hosts, or declare less memory"
-        )
-
-
-def bring_up(
-    lab_dir: Path,
-    hosts: t.Sequence[HostSpec],
-    restart: bool,
-    timeout: float,
-    check_mode: bool,
-    progress: Progress,
-    ports: t.Optional[t.Mapping[str, int]] = None,
-) -> t.Dict[str, t.List[str]]:
-    """Bring all hosts up, side by side. Returns the steps taken (in check mode: to be taken) for each.
-
-    Where one fails, every emulator that this call started is ended before the error is raised.
-    """
-    plans = {host.name: plan_start(Machine(lab_dir, host.name), host, restart) for host in hosts}
-    busy = [host for host in hosts if "start" in plans[host.name]]
-    require_resources([host for host in busy if "stop" not in plans[host.name]])
-    if check_mode or not busy:
-        return plans
-    with locked(lab_dir):
-        _bring_up(lab_dir, busy, plans, timeout, progress, ports or {})
-    return plans
-
-
-def _bring_up(
-    lab_dir: Path,
-    busy: t.Sequence[HostSpec],
-    plans: t.Mapping[str, t.List[str]],
-    timeout: float,
-    progress: Progress,
-    ports: t.Mapping[str, int],
-) -> None:
-    boots: t.List[Boot] = []
     try:
-        for host in busy:
-            machine = Machine(lab_dir, host.name)
-            if "stop" in plans[host.name]:
-                progress(f"stopping {host.name}")
-                stop(machine, 60)
-            if "create" in plans[host.name]:
-                create(machine, host)
-            boots.append(start(machine, host, ports.get(host.name, 0)))
-            progress(f"{host.name} boots ({machine.state()['accelerator']}, {len(host.devices)} devices)")
-        wait(boots, timeout, progress)
-    except BaseException:
-        for boot in boots:
-            kill(boot)
-        raise
+        while pending:
+            for boot in list(pending):
+                if boot.ready():
+                    boot.machine.failure_log.unlink(missing_ok=True)
+                    if boot.process is not None:
+                        boot.machine.update_state({"seconds": round(boot.seconds, 1)})
+                    pending.remove(boot)
+                elif boot.seconds > timeout:
+                    raise boot.failure(f"no answer by ssh within {timeout:.0f} s")
+            if pending:
+                time.sleep(_POLL)
     finally:
         for boot in boots:
             boot.close()
-        write_inventory(lab_dir)
 
 
-def bring_down(
-    lab_dir: Path, names: t.Sequence[str], state: str, timeout: float, check_mode: bool, progress: Progress
-) -> t.Dict[str, t.List[str]]:
-    """Stop or remove hosts, or only list them (``state``: stopped, absent, listed); no names: all of the lab.
+# -- ending ------------------------------------------------------------------------------------------------------------
 
-    Returns the steps taken (in check mode: to be taken) for each: of ``stop``, ``remove``.
+
+def end(machines: t.Sequence[Machine], timeout: float) -> dict[str, str]:
+    """Shut hosts down, side by side; after ``timeout`` seconds the emulator is ended instead.
+
+    Returns:
+        How it went with each that ran: ``powered off``, or ``ended`` (the emulator was told to, or killed).
     """
-    chosen = [Machine(lab_dir, name) for name in names] or machines(lab_dir)
-    plans: t.Dict[str, t.List[str]] = {}
-    for machine in chosen:
-        if state == "stopped":
-            plans[machine.name] = ["stop"] if machine.status() == "started" else []
-        elif state == "absent":
-            plans[machine.name] = ["remove"] if machine.status() != "absent" else []
-        else:
-            plans[machine.name] = []
-    if check_mode or not any(plans.values()):
-        return plans
-    with locked(lab_dir):
-        for machine in chosen:
-            if "stop" in plans[machine.name]:
-                progress(f"{machine.name}: {stop(machine, timeout)}")
-            elif "remove" in plans[machine.name]:
-                remove(machine)
-                progress(f"{machine.name}: removed")
-        write_inventory(lab_dir)
-    return plans
+    pids = {machine: machine.pid() for machine in machines}
+    running = [machine for machine in machines if pids[machine] is not None]
+    ways = {machine.name: "powered off" for machine in running}
+    pressed = 0.0
+
+    def all_off() -> bool:
+        nonlocal pressed
+        left = [machine for machine in running if machine.pid() is not None]
+        # A guest early in its boot does not hear the power button, so it is pressed again.
+        if timeout > 0 and time.monotonic() - pressed > 5:
+            pressed = time.monotonic()
+            for machine in left:
+                machine.command("system_powerdown")
+        return not left
+
+    wait_until(all_off, timeout, _POLL)
+    for machine in running:
+        if machine.pid() is None:
+            continue
+        ways[machine.name] = "ended"
+        machine.command("quit")
+        if not wait_until(lambda one=machine: one.pid() is None, 5):  # type: ignore[misc]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(t.cast(int, pids[machine]), signal.SIGKILL)
+            wait_until(lambda one=machine: one.pid() is None, 60)  # type: ignore[misc]
+    return ways

@@ -10,36 +10,36 @@ about an IOMMU: turning that on is the work of the collection's roles.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
-import subprocess
 import tarfile
 import time
 import typing as t
 from dataclasses import dataclass
 from pathlib import Path
 
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
-    LabError,
     accelerator,
-    emulator_version,
     machine_arguments,
-    size_in_bytes,
+    require_emulator,
 )
-
-Progress = t.Callable[[str], None]
+from ansible_collections.iommufd.host.plugins.module_utils._lab_run import logged, tail
+from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import size_in_bytes
+from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
 
 _BASE_PACKAGES = (
     "busybox-static",
     "ca-certificates",
     "dbus",
+    "e2fsprogs",
     "grub-pc",
     "initramfs-tools",
     "iproute2",
@@ -67,17 +67,17 @@ class Distribution:
     """What differs between distributions. ``sources`` replaces mmdebstrap's own list where it is not empty."""
 
     suite: str
-    packages: t.Tuple[str, ...] = _BASE_PACKAGES
-    sources: t.Tuple[str, ...] = ()
+    packages: tuple[str, ...] = _BASE_PACKAGES
+    sources: tuple[str, ...] = ()
 
 
-DISTRIBUTIONS: t.Dict[str, Distribution] = {
+DISTRIBUTIONS: dict[str, Distribution] = {
     "trixie": Distribution("trixie"),
     "bookworm": Distribution("bookworm"),
     "forky": Distribution("forky"),
 }
 
-#: The units that cost boot time, or that start work of their own in the middle of a test.
+# The units that cost boot time, or that start work of their own in the middle of a test.
 _MASKED = (
     "apt-daily-upgrade.timer",
     "apt-daily.timer",
@@ -113,7 +113,7 @@ _MASKED = (
     "tmp.mount",
 )
 
-#: systemd's generators that find nothing in a lab host: each is a program run at every boot.
+# systemd's generators that find nothing in a lab host: each is a program run at every boot.
 _MASKED_GENERATORS = (
     "systemd-bless-boot-generator",
     "systemd-cryptsetup-generator",
@@ -212,7 +212,7 @@ _INITRAMFS_HOOK = """\
 # the drivers when it meets the devices.
 [ "$1" = prereqs ] && exit 0
 . /usr/share/initramfs-tools/hook-functions
-for module in ext4 virtio_pci virtio_blk virtio_net nvme ahci sd_mod xhci_pci e1000 e1000e igb igbvf; do
+for module in ext4 virtio_pci virtio_blk virtio_net virtio_iommu nvme ahci sd_mod xhci_pci e1000 e1000e igb igbvf; do
     manual_add_modules "$module"
 done
 """
@@ -241,7 +241,7 @@ _FSTAB = """\
 LABEL=lab-root / ext4 errors=remount-ro 0 0
 """
 
-#: Runs as process 1 of the fresh disk, once: the distribution's own tools put the boot loader on it.
+# Runs as process 1 of the fresh disk, once: the distribution's own tools put the boot loader on it.
 _GRUB_SCRIPT = """\
 #!/bin/sh
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
@@ -261,8 +261,8 @@ grub-install --target=i386-pc /dev/vda && update-grub && finish done
 finish failed
 """
 
-#: path: (mode, text). They are in place before the packages come, so that they count from the first moment on.
-_FILES: t.Dict[str, t.Tuple[int, str]] = {
+# path: (mode, text). They are in place before the packages come, so that they count from the first moment on.
+_FILES: dict[str, tuple[int, str]] = {
     "etc/apt/apt.conf.d/90lab": (0o644, _APT),
     "etc/default/grub.d/00-lab.cfg": (0o644, _GRUB),
     "etc/dpkg/dpkg.cfg.d/lab": (0o644, _DPKG),
@@ -277,7 +277,7 @@ _FILES: t.Dict[str, t.Tuple[int, str]] = {
     "lab-boot-loader": (0o755, _GRUB_SCRIPT),
 }
 
-#: Runs with the root filesystem as $1 when all packages are in.
+# Runs with the root filesystem as $1 when all packages are in.
 _CONFIGURE = """\
 set -eu
 root=$1
@@ -310,13 +310,13 @@ class ImageSpec:
     """Everything that decides on an image's content. ``size`` is in bytes."""
 
     distribution: str
-    packages: t.Tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     size: int = 8 << 30
     mirror: str = ""
     check_valid_until: bool = True
-    kernel_arguments: t.Tuple[str, ...] = ()
+    kernel_arguments: tuple[str, ...] = ()
 
-    def inputs(self) -> t.Dict[str, t.Any]:
+    def inputs(self) -> dict[str, t.Any]:
         """All inputs of the build, as plain data: two images with the same inputs are interchangeable."""
         distribution = DISTRIBUTIONS[self.distribution]
         return {
@@ -340,6 +340,10 @@ class ImageSpec:
         text = json.dumps(self.inputs(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def describe(self) -> str:
+        """The image in one line."""
+        return f"{self.distribution}, {len(self.inputs()['packages'])} packages asked for, {self.size >> 20} MiB"
+
     def name(self) -> str:
         """The image's directory in the cache."""
         return f"{self.distribution}-{self.key()}"
@@ -353,185 +357,144 @@ def parse_image(
     distribution: str,
     packages: t.Sequence[str] = (),
     size: str = "8G",
-    mirror: t.Optional[str] = None,
+    mirror: str | None = None,
     check_valid_until: bool = True,
     kernel_arguments: t.Sequence[str] = (),
 ) -> ImageSpec:
-    """Check an image's declaration; raises LabError naming the option, the value and what is accepted."""
+    """Check an image's declaration.
+
+    Raises:
+        OptionError: names the option, the value and what is accepted.
+    """
     if distribution not in DISTRIBUTIONS:
-        raise LabError(f"distribution: {distribution!r} is unknown; accepted are {', '.join(DISTRIBUTIONS)}")
-    for package in packages:
+        raise OptionError("distribution", distribution, ", ".join(DISTRIBUTIONS))
+    for index, package in enumerate(packages):
         if not _PACKAGE.fullmatch(package):
-            raise LabError(f"packages: {package!r} is not the name of a Debian package")
-    for argument in kernel_arguments:
+            raise OptionError(f"packages[{index}]", package, "the name of a Debian package")
+    for index, argument in enumerate(kernel_arguments):
         if not _ARGUMENT.fullmatch(argument):
-            raise LabError(f"kernel_arguments: {argument!r} is not accepted; letters, digits and _.:=,+- are")
-    bytes_ = size_in_bytes(size, "size")
-    if bytes_ < 2 << 30:
-        raise LabError(f"size: {size!r} is too small for a host; accepted are 2G and more")
+            raise OptionError(f"kernel_arguments[{index}]", argument, "letters, digits and _.:=,+-")
+    length = size_in_bytes(size, "size")
+    if not 2 << 30 <= length <= 2 << 40:
+        raise OptionError("size", size, "2G to 2T")
+    if mirror and not re.fullmatch(r"[a-z+]+:[^\s'\"]+", mirror):
+        raise OptionError("mirror", mirror, "the URI of a Debian mirror")
     return ImageSpec(
         distribution,
         tuple(sorted(set(packages))),
-        bytes_,
+        length,
         mirror or "",
         check_valid_until,
         tuple(kernel_arguments),
     )
 
 
-def find_image(spec: ImageSpec, cache_dir: Path) -> t.Optional[Path]:
-    """The finished image in the cache, None where there is none. What is under the final name is complete."""
-    path = cache_dir / spec.name() / "disk.qcow2"
-    return path if path.is_file() else None
+def image_path(spec: ImageSpec, cache_dir: Path) -> Path:
+    """Where the image is, or will be. What is there is complete."""
+    return cache_dir / spec.name() / "disk.qcow2"
 
 
-@contextlib.contextmanager
-def _locked(path: Path, progress: Progress) -> t.Iterator[None]:
-    with open(path, "w", encoding="ascii") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("another build of the same image is under way: waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def build_image(spec: ImageSpec, cache_dir: Path, host: Host) -> bool:
+    """Build the image, unless somebody else built it meanwhile; returns whether this call built it.
 
+    A second build of the same image waits for the first. Where a build fails or is interrupted, nothing is left of it
+    but its log, beside the images.
 
-def build_image(spec: ImageSpec, cache_dir: Path, progress: Progress) -> t.Tuple[Path, bool]:
-    """Build the image, or find it where somebody else built it meanwhile.
-
-    Returns its path, and whether this call built it. Raises LabError with the last lines of the failing tool; then
-    nothing is left in the cache but the build's log.
+    Raises:
+        HostError: a tool is missing, or failed; quotes its last lines.
     """
+    _require_tools(host)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    name = spec.name()
-    with _locked(cache_dir / f".{name}.lock", progress):
-        found = find_image(spec, cache_dir)
-        if found is not None:
-            return found, False
-        _require_tools()
-        work = cache_dir / f".{name}.building"
+    final = cache_dir / spec.name()
+    log = cache_dir / f"{spec.name()}.log"
+    with host_lock(timeout=_BUILD_TIMEOUT, path=str(cache_dir / f".{spec.name()}.lock")):
+        if image_path(spec, cache_dir).is_file():
+            return False
+        work = cache_dir / f".{spec.name()}.building"
         # We hold the lock, so whoever left this is gone.
-        shutil.rmtree(work, ignore_errors=True)
+        _discard(work)
         work.mkdir()
+        log.unlink(missing_ok=True)
         try:
-            _build(spec, work, progress)
-            shutil.rmtree(cache_dir / name, ignore_errors=True)
-            os.rename(work, cache_dir / name)
+            _build(spec, work, log, host)
+            shutil.rmtree(final, ignore_errors=True)
+            log.rename(work / "build.log")
+            work.rename(final)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return cache_dir / name / "disk.qcow2", True
+            _discard(work)
+    return True
 
 
-_TOOLS = {
-    "mmdebstrap": "mmdebstrap",
-    "mkfs.ext4": "e2fsprogs",
-    "qemu-img": "qemu-utils",
-}
+_BUILD_TIMEOUT = 3600.0
+
+_TOOLS = {"mmdebstrap": "mmdebstrap", "mkfs.ext4": "e2fsprogs", "qemu-img": "qemu-utils", "unshare": "util-linux"}
 
 
-def _search_path() -> str:
-    """The mkfs of Debian is in sbin, which is not on every user's path."""
-    return os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
-
-
-def _require_tools() -> None:
-    missing = [package for tool, package in _TOOLS.items() if shutil.which(tool, path=_search_path()) is None]
-    if missing:
-        raise LabError(f"tools are missing to build an image; on Debian and Ubuntu: apt install {' '.join(missing)}")
-    emulator_version()
+def _require_tools(host: Host) -> None:
+    needed = dict(_TOOLS)
     if os.geteuid() != 0:
-        raise LabError("building an image needs root (file ownership inside it): use become, or sudo")
+        needed["newuidmap"] = "uidmap"
+    missing = [package for tool, package in needed.items() if host.which(tool) is None]
+    if missing:
+        raise HostError(
+            f"Tools are missing to build an image. On Debian and Ubuntu: apt install {' '.join(sorted(missing))}"
+        )
+    require_emulator(host)
 
 
-def _run(command: t.Sequence[str], what: str, log: Path, timeout: t.Optional[float] = None) -> None:
-    environment = dict(os.environ, PATH=_search_path(), LC_ALL="C.UTF-8", DEBIAN_FRONTEND="noninteractive")
-    with open(log, "a", encoding="utf-8") as handle:
-        handle.write(f"$ {' '.join(command)}\n")
-        handle.flush()
-        try:
-            status = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=handle,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                check=False,
-                timeout=timeout,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            raise LabError(f"{what} did not end within {timeout:.0f} s:\n{tail(log)}") from None
-    if status != 0:
-        raise LabError(f"{what} failed (status {status}):\n{tail(log)}")
+def _as_root() -> list[str]:
+    """What a command is run through that makes files owned by others.
+
+    In either case its mounts are its own, and are gone with it: removing the tree afterwards cannot reach through them.
+    A user other than root is root in a user namespace, with the subordinate ids that the system gave to him.
+    """
+    if os.geteuid() == 0:
+        return ["unshare", "--mount", "--"]
+    return ["unshare", "--map-root-user", "--map-auto", "--mount", "--"]
 
 
-def tail(path: Path, lines: int = 25) -> str:
-    """The last lines of a log without control characters; empty where there is no log."""
-    try:
-        with open(path, "rb") as handle:
-            handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, handle.tell() - 200 * lines - 4096))
-            text = handle.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return "\n".join(clean(text).splitlines()[-lines:])
-
-
-def clean(text: str) -> str:
-    """Terminal text without escape sequences and control characters, and without blank lines."""
-    text = re.sub(r"\x1b(\[[0-9;?=]*[ -/]*[@-~]|[@-Z\\-_]|\][^\x07]*\x07)", "", text)
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\n", text)
-    return "\n".join(line.rstrip() for line in text.split("\n") if line.strip())
+def _discard(path: Path) -> None:
+    if path.exists():
+        logged([*_as_root(), "rm", "-rf", "--one-file-system", str(path)], "removing the build's directory", None, 600)
 
 
 _PARTITION_START = 1 << 20
 
 
-def _build(spec: ImageSpec, work: Path, progress: Progress) -> None:
-    log = work / "build.log"
+def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
     rootfs = work / "rootfs"
     raw = work / "disk.raw"
     started = time.monotonic()
 
-    progress(f"installing {spec.distribution} with mmdebstrap")
     _write_files(work / "files.tar")
     (work / "configure").write_text(spec.configure(), encoding="ascii")
     inputs = spec.inputs()
-    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(inputs['packages'])}"]
+    command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(inputs['packages'])}"]
     if not spec.check_valid_until:
         command.append('--aptopt=Acquire::Check-Valid-Until "false"')
     command += [
-        f"--essential-hook=tar-in '{work}/files.tar' /",
-        f"--customize-hook=sh '{work}/configure' \"$1\"",
+        f"--essential-hook=tar-in {shlex.quote(str(work / 'files.tar'))} /",
+        f'--customize-hook=sh {shlex.quote(str(work / "configure"))} "$1"',
         inputs["suite"],
         str(rootfs),
         *inputs["sources"],
     ]
-    try:
-        _run(command, "mmdebstrap", log)
+    logged([*_as_root(), *command], f"installing {spec.distribution}", log, _BUILD_TIMEOUT)
 
-        progress("writing the root filesystem to a disk image")
-        _partition(raw, spec.size)
-        kilobytes = (spec.size - _PARTITION_START) // 1024
-        _run(
-            [
-                *("mkfs.ext4", "-q", "-L", "lab-root", "-m", "0", "-E", f"offset={_PARTITION_START},lazy_itable_init=1"),
-                *("-d", str(rootfs), str(raw), f"{kilobytes}k"),
-            ],
-            "mkfs.ext4",
-            log,
-        )
-        kernel, initrd = _kernel(rootfs)
-        shutil.copy(kernel, work / "vmlinuz")
-        shutil.copy(initrd, work / "initrd.img")
-    finally:
-        shutil.rmtree(rootfs, ignore_errors=True)
+    _partition(raw, spec.size)
+    filesystem = ["mkfs.ext4", "-q", "-L", "lab-root", "-m", "0", "-E", f"offset={_PARTITION_START},lazy_itable_init=1"]
+    filesystem += ["-d", str(rootfs), str(raw), f"{(spec.size - _PARTITION_START) // 1024}k"]
+    logged([*_as_root(), *filesystem], "making the file system", log, 600)
+    kernel, initrd = _kernel(rootfs)
+    shutil.copyfile(kernel, work / "vmlinuz")
+    shutil.copyfile(initrd, work / "initrd.img")
+    _discard(rootfs)
 
-    progress("installing the boot loader in a first boot of the disk")
-    _install_boot_loader(work, raw, log)
+    _install_boot_loader(work, raw, log, host)
 
-    progress("converting the disk image")
-    _run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(work / "disk.qcow2")], "qemu-img convert", log)
-    for leftover in ("disk.raw", "vmlinuz", "initrd.img", "files.tar", "configure"):
+    convert = ["qemu-img", "convert", "-O", "qcow2", str(raw), str(work / "disk.qcow2")]
+    logged(convert, "converting the disk", log, 600)
+    for leftover in ("disk.raw", "vmlinuz", "initrd.img", "files.tar", "configure", "serial.log"):
         (work / leftover).unlink()
     record = {"inputs": inputs, "seconds": round(time.monotonic() - started, 1)}
     (work / "image.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -559,24 +522,30 @@ def _partition(path: Path, size: int) -> None:
         handle.write(signature + b"\0\0" + entry + bytes(48) + b"\x55\xaa")
 
 
-def _kernel(rootfs: Path) -> t.Tuple[Path, Path]:
+def _kernel(rootfs: Path) -> tuple[Path, Path]:
     kernels = sorted((rootfs / "boot").glob("vmlinuz-*"))
     if not kernels:
-        raise LabError("the distribution installed no kernel")
+        raise HostError("The distribution installed no kernel")
     kernel = kernels[-1]
     return kernel, rootfs / "boot" / kernel.name.replace("vmlinuz-", "initrd.img-")
 
 
-def _install_boot_loader(work: Path, raw: Path, log: Path) -> None:
+def _install_boot_loader(work: Path, raw: Path, log: Path, host: Host) -> None:
+    """Boot the disk once, with its own kernel given directly, and let it make itself bootable."""
     serial = work / "serial.log"
     command = [
-        *machine_arguments(accelerator(), 1024, 2),
+        *machine_arguments(accelerator(host), 1024, 2),
         *("-no-reboot", "-serial", f"file:{serial}"),
         *("-kernel", str(work / "vmlinuz"), "-initrd", str(work / "initrd.img")),
         *("-append", "root=LABEL=lab-root rw console=ttyS0 quiet panic=-1 init=/lab-boot-loader"),
-        *("-drive", f"if=virtio,file={raw},format=raw,cache=unsafe,discard=unmap"),
-        *("-device", "virtio-rng-pci"),
+        *("-blockdev", f"driver=file,node-name=file,filename={raw},cache.no-flush=on,discard=unmap"),
+        *("-blockdev", "driver=raw,node-name=disk,file=file,discard=unmap"),
+        *("-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci"),
     ]
-    _run(command, "the first boot", log, timeout=600)
+    what = "installing the boot loader"
+    try:
+        logged(command, what, log, 900)
+    except HostError as error:
+        raise HostError(error.message, **error.details, console=tail(serial)) from error
     if "LAB-BOOT-LOADER: done" not in serial.read_text(encoding="utf-8", errors="replace"):
-        raise LabError(f"the boot loader could not be installed; the last lines of the serial console:\n{tail(serial)}")
+        raise HostError(f"{what} failed; the serial console's last lines are below", console=tail(serial))

@@ -19,13 +19,14 @@ author:
   - The iommufd.host authors (@iommufd)
 requirements:
   - qemu-system-x86_64 8.0 or later, qemu-img, ssh-keygen
+extends_documentation_fragment:
+  - iommufd.host._attributes
+  - iommufd.host._attributes.changes
 attributes:
-  check_mode:
-    support: full
-    description: Can run in check mode without changing anything.
-  diff_mode:
-    support: none
-    description: RV(hosts) tells what was done to each host.
+  idempotent:
+    support: partial
+    details:
+      - O(state=restarted) restarts the hosts each time.
 options:
   lab_dir:
     description: Directory of the lab, with one directory for each host.
@@ -90,7 +91,7 @@ options:
   timeout:
     description: Seconds within which each host must answer by ssh, or shut down.
     type: int
-    default: 300
+    default: 600
 seealso:
   - module: iommufd.host.lab_image
 """
@@ -122,15 +123,10 @@ EXAMPLES = r"""
 
 RETURN = r"""
 hosts:
-  description: The hosts, by name.
+  description: The named hosts and all others of the lab, by name. In check mode as they are before.
   returned: success
   type: dict
   contains:
-    steps:
-      description: What was done to the host, in check mode what would be done.
-      type: list
-      elements: str
-      sample: [create, start]
     state:
       description: V(started), V(stopped) or V(absent).
       type: str
@@ -150,6 +146,10 @@ hosts:
       sample:
         - {"id": "nvme0", "type": "nvme", "address": "0000:01:00.0", "behind": null, "mac": null, "serial": "DATA0",
            "size": 67108864}
+    seconds:
+      description: Seconds from the emulator's start to the answer by ssh, null where the host does not run.
+      type: float
+      sample: 24.3
     directory:
       description: The host's directory, with C(serial.log) and the script C(ssh).
       type: str
@@ -159,51 +159,57 @@ hosts:
       type: dict
       sample: {"ansible_host": "127.0.0.1", "ansible_port": 37617, "ansible_user": "root"}
 inventory:
-  description: Path of an inventory of the hosts that run, in the group C(lab); null where none is left.
+  description: Path of an inventory of the hosts that run, in the group C(lab); null where no host is left.
   returned: success
   type: str
   sample: /tmp/lab/inventory.yml
 """
 
-import signal
+import os
 import typing as t
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.iommufd.host.plugins.module_utils import _lab_host
-from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import LabError, parse_hosts
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import HostSpec, check_name, parse_hosts
+from ansible_collections.iommufd.host.plugins.module_utils._lab_state import Lab
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
 
 
-def run(params: t.Mapping[str, t.Any], check_mode: bool) -> t.Dict[str, t.Any]:
-    """The whole module between its options and its result; raises LabError."""
-    lab_dir = Path(params["lab_dir"]).absolute()
-    state = params["state"]
-    named = params["hosts"]
-    steps: t.Dict[str, t.List[str]]
-    if state in ("started", "restarted"):
-        ports = {entry["name"]: int(entry["port"]) for entry in named if entry.get("port")}
-        hosts = parse_hosts([{key: value for key, value in entry.items() if key != "port"} for entry in named])
-        steps = _lab_host.bring_up(
-            lab_dir, hosts, state == "restarted", params["timeout"], check_mode, lambda text: None, ports
-        )
+def work(module: AnsibleModule) -> Outcome:
+    """Plan the way of all hosts to the wanted state."""
+    params: dict[str, t.Any] = module.params
+    state, timeout = params["state"], float(params["timeout"])
+    up = state in ("started", "restarted")
+    hosts: list[HostSpec] = parse_hosts(params["hosts"]) if up else []
+    names = [str(entry["name"]) for entry in params["hosts"]]
+    for index, name in enumerate(names):
+        check_name(name, f"hosts[{index}].name")
+    lab = Lab(Path(os.path.abspath(params["lab_dir"])), Host())
+    if not module.check_mode and state != "listed":
+        lab.acquire()
+
+    if up:
+        plan = lab.plan_up(hosts, state == "restarted", timeout, module.check_mode)
+    elif state == "stopped":
+        plan = lab.plan_down(names, timeout)
+    elif state == "absent":
+        plan = lab.plan_removal(names)
     else:
-        steps = _lab_host.bring_down(
-            lab_dir, [entry["name"] for entry in named], state, params["timeout"], check_mode, lambda text: None
-        )
-    reports = {}
-    for name, taken in steps.items():
-        reports[name] = dict(_lab_host.Machine(lab_dir, name).report(), steps=taken)
-    inventory = lab_dir / "inventory.yml"
-    return {
-        "changed": any(steps.values()),
-        "hosts": reports,
-        "inventory": str(inventory) if inventory.exists() else None,
-    }
+        plan = Plan()
+
+    def after() -> dict[str, t.Any]:
+        if up:
+            lab.wait_for_running(hosts, timeout)
+        inventory = lab.settle() if state != "listed" else None
+        return {"hosts": lab.reports(names), "inventory": inventory}
+
+    return Outcome(plan=plan, result={"hosts": lab.reports(names), "inventory": None}, after=after)
 
 
 def main() -> None:
-    """Options in, hosts out."""
     host = {
         "name": {"type": "str", "required": True},
         "image": {"type": "path"},
@@ -214,21 +220,19 @@ def main() -> None:
         "devices": {"type": "list", "elements": "dict", "default": []},
     }
     states = ["started", "restarted", "stopped", "absent", "listed"]
-    module = AnsibleModule(
-        argument_spec={
-            "lab_dir": {"type": "path", "required": True},
-            "hosts": {"type": "list", "elements": "dict", "default": [], "options": host},
-            "state": {"type": "str", "choices": states, "default": "started"},
-            "timeout": {"type": "int", "default": 300},
-        },
-        supports_check_mode=True,
+    run_module(
+        AnsibleModule(
+            argument_spec={
+                "lab_dir": {"type": "path", "required": True},
+                "hosts": {"type": "list", "elements": "dict", "default": [], "options": host},
+                "state": {"type": "str", "choices": states, "default": "started"},
+                "timeout": {"type": "int", "default": 600},
+            },
+            supports_check_mode=True,
+        ),
+        work,
+        lock=False,
     )
-    # Whoever interrupts a boot is not left with emulators.
-    signal.signal(signal.SIGTERM, lambda *_ignored: module.fail_json(msg="interrupted"))
-    try:
-        module.exit_json(**run(module.params, module.check_mode))
-    except LabError as exc:
-        module.fail_json(msg=str(exc))
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ description:
   - The key of an image is a hash of all that goes into it, so that another package, size or version of the recipe
     is another image. Two builds of the same image wait for each other.
   - The image boots by the distribution's own boot loader, so that kernel arguments and reboots are real.
-  - Runs on the machine that shall emulate the hosts, usually the controller, as root.
+  - Runs on the machine that shall emulate the hosts, usually the controller. A user other than root needs subordinate
+    ids (C(/etc/subuid)) and C(newuidmap).
 author:
   - The iommufd.host authors (@iommufd)
 requirements:
   - mmdebstrap, mkfs.ext4, qemu-img and qemu-system-x86_64 8.0 or later
-attributes:
-  check_mode:
-    support: full
-    description: Can run in check mode without changing anything.
-  diff_mode:
-    support: none
-    description: An image is built whole or not at all.
+extends_documentation_fragment:
+  - iommufd.host._attributes
+  - iommufd.host._attributes.changes
 options:
   distribution:
     description: The distribution to install.
@@ -93,55 +90,63 @@ seconds:
   sample: 87.9
 """
 
-import signal
+import os
 import time
 import typing as t
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.iommufd.host.plugins.module_utils._lab_image import build_image, find_image, parse_image
-from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import LabError
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._lab_image import build_image, image_path, parse_image
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan
+
+
+def work(module: AnsibleModule) -> Outcome:
+    """Plan the build, where there is no such image yet."""
+    params: dict[str, t.Any] = module.params
+    spec = parse_image(
+        params["distribution"],
+        params["packages"],
+        params["size"],
+        params["mirror"],
+        params["check_valid_until"],
+        params["kernel_arguments"],
+    )
+    cache = Path(os.path.abspath(params["cache_dir"]))
+    path = image_path(spec, cache)
+    result = {"path": str(path), "key": spec.key(), "seconds": 0.0}
+    if path.is_file():
+        return Outcome(result=result)
+    built: dict[str, t.Any] = {}
+
+    def build() -> None:
+        started = time.monotonic()
+        built["changed"] = build_image(spec, cache, Host())
+        built["seconds"] = round(time.monotonic() - started, 1)
+
+    step = Action(f"build image {path}", str(path), after=f"{spec.describe()}\n", do=build)
+    return Outcome(plan=Plan([step]), result=result, after=lambda: built)
 
 
 def main() -> None:
-    """Options in, image out."""
-    module = AnsibleModule(
-        argument_spec={
-            "distribution": {"type": "str", "choices": ["trixie", "bookworm", "forky"], "default": "trixie"},
-            "packages": {"type": "list", "elements": "str", "default": []},
-            "size": {"type": "str", "default": "8G"},
-            "kernel_arguments": {"type": "list", "elements": "str", "default": []},
-            "mirror": {"type": "str"},
-            "check_valid_until": {"type": "bool", "default": True},
-            "cache_dir": {"type": "path", "default": "~/.cache/iommufd-host/images"},
-        },
-        supports_check_mode=True,
+    run_module(
+        AnsibleModule(
+            argument_spec={
+                "distribution": {"type": "str", "choices": ["trixie", "bookworm", "forky"], "default": "trixie"},
+                "packages": {"type": "list", "elements": "str", "default": []},
+                "size": {"type": "str", "default": "8G"},
+                "kernel_arguments": {"type": "list", "elements": "str", "default": []},
+                "mirror": {"type": "str"},
+                "check_valid_until": {"type": "bool", "default": True},
+                "cache_dir": {"type": "path", "default": "~/.cache/iommufd-host/images"},
+            },
+            supports_check_mode=True,
+        ),
+        work,
+        lock=False,
     )
-    params: t.Dict[str, t.Any] = module.params
-    # An interrupted build removes what it made.
-    signal.signal(signal.SIGTERM, lambda *_ignored: module.fail_json(msg="interrupted"))
-    try:
-        spec = parse_image(
-            params["distribution"],
-            params["packages"],
-            params["size"],
-            params["mirror"],
-            params["check_valid_until"],
-            params["kernel_arguments"],
-        )
-        cache = Path(params["cache_dir"]).absolute()
-        path = find_image(spec, cache)
-        changed, seconds = path is None, 0.0
-        if path is None:
-            path = cache / spec.name() / "disk.qcow2"
-            if not module.check_mode:
-                started = time.monotonic()
-                path, changed = build_image(spec, cache, lambda text: None)
-                seconds = round(time.monotonic() - started, 1)
-        module.exit_json(changed=changed, path=str(path), key=spec.key(), seconds=seconds)
-    except LabError as exc:
-        module.fail_json(msg=str(exc))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.iommufd.host.plugins.module_utils import _lab_image
+from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._lab_image import (
+    DISTRIBUTIONS,
+    ImageSpec,
+    image_path,
+    parse_image,
+)
+
+
+def test_the_key_is_the_same_for_the_same_image() -> None:
+    assert (
+        parse_image("trixie", ["git", "gcc"], "8G").key() == parse_image("trixie", ["gcc", "git", "gcc"], "8192M").key()
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        parse_image("bookworm"),
+        parse_image("trixie", ["git"]),
+        parse_image("trixie", size="9G"),
+        parse_image("trixie", mirror="http://mirror.example/debian"),
+        parse_image("trixie", check_valid_until=False),
+        parse_image("trixie", kernel_arguments=["intel_iommu=off"]),
+    ],
+)
+def test_the_key_covers_every_input(other: ImageSpec) -> None:
+    assert other.key() != parse_image("trixie").key()
+
+
+def test_a_package_that_is_there_anyway_makes_no_other_image() -> None:
+    assert parse_image("trixie", ["openssh-server"]).key() == parse_image("trixie").key()
+
+
+def test_the_path_has_the_key(tmp_path: Path) -> None:
+    spec = parse_image("trixie")
+    assert image_path(spec, tmp_path) == tmp_path / f"trixie-{spec.key()}" / "disk.qcow2"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"distribution": "sarge"}, "distribution: 'sarge' .*trixie"),
+        ({"packages": ["git", "rm -rf"]}, r"packages\[1\]: 'rm -rf'"),
+        ({"packages": ["--no-x"]}, r"packages\[0\]: '--no-x'"),
+        ({"kernel_arguments": ['a" b']}, r"kernel_arguments\[0\]"),
+        ({"size": "1G"}, "size: '1G' .*2G to 2T"),
+        ({"size": "big"}, "size: 'big' .*64M"),
+        ({"mirror": "file:/x y"}, "mirror: 'file:/x y'"),
+    ],
+)
+def test_what_cannot_be_accepted_is_named(options: dict[str, t.Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        parse_image(**{"distribution": "trixie", **options})
+
+
+def test_the_image_leaves_the_iommu_to_the_collections_roles() -> None:
+    for distribution in DISTRIBUTIONS:
+        assert "iommu=" not in str(parse_image(distribution).inputs())
+    assert 'DEFAULT="intel_iommu=off"' in parse_image("trixie", kernel_arguments=["intel_iommu=off"]).configure()
+
+
+def test_the_configuration_script_is_complete() -> None:
+    script = parse_image("trixie").configure()
+    assert "@" not in script.replace("getty@", "").replace("modprobe@", "")
+    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+
+
+def test_the_shell_scripts_in_the_image_parse() -> None:
+    scripts = [text for mode, text in _lab_image._FILES.values() if mode == 0o755]
+    assert len(scripts) == 3
+    for text in scripts:
+        subprocess.run(["sh", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.skipif(shutil.which("sfdisk") is None, reason="no sfdisk")
+def test_the_partition_table_is_one_to_others_too(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    _lab_image._partition(disk, 2 << 30)
+    said = subprocess.run(["sfdisk", "--dump", disk], capture_output=True, text=True, check=True).stdout
+    assert "start=        2048, size=     4192256, type=83, bootable" in said
+
+
+def test_the_partition_table(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    _lab_image._partition(disk, 2 << 30)
+    sector = disk.read_bytes()[:512]
+    assert sector[510:] == b"\x55\xaa"
+    entry = sector[446:462]
+    assert (entry[0], entry[4]) == (0x80, 0x83)
+    assert int.from_bytes(entry[8:12], "little") * 512 == 1 << 20
+    assert (int.from_bytes(entry[8:12], "little") + int.from_bytes(entry[12:16], "little")) * 512 == 2 << 30
+    assert sector[462:510] == bytes(48)
