@@ -42,8 +42,8 @@ class Outcome:
 Work = t.Callable[[AnsibleModule], Outcome]
 
 
-def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> t.NoReturn:
-    """Run a module's function and exit.
+def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> None:
+    """Run a module's function and exit: the call does not return.
 
     Args:
         module: the Ansible module.

@@ -280,7 +280,7 @@ def _check_qemu(host: Host, ready: Ready) -> None:
         what = "takes no passed vfio descriptors" if found.iommufd else "has no iommufd"
         ready.problems.append(
             f"{ready.qemu} ({found.version}) {what} (seen in -object help and -device vfio-pci,help): it needs QEMU "
-            "8.2 or later with CONFIG_IOMMUFD."
+            "9.0 or later with CONFIG_IOMMUFD."
         )
 
 
@@ -717,7 +717,7 @@ _MEANINGS = (
     ),
     (
         re.compile(r"(iommufd|fd).*(not found|invalid|Parameter|unknown)", re.IGNORECASE),
-        "This QEMU does not take passed iommufd descriptors (it needs 8.2 or later with CONFIG_IOMMUFD).",
+        "This QEMU does not take passed iommufd descriptors (it needs 9.0 or later with CONFIG_IOMMUFD).",
     ),
     (re.compile(r"seccomp|sandbox", re.IGNORECASE), "This QEMU is built without its sandbox (seccomp)."),
 )

@@ -12,6 +12,7 @@ at the same time as udev goes through the devices.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import stat
 import typing as t
@@ -79,28 +80,62 @@ class LoadModules(Step):
             raise HostError(error.message.rstrip(".") + hint, **error.details) from error
 
     def undo(self) -> None:
-        new = [name for name in self.names if canonical(name) not in self._before]
-        if new:
-            run(["modprobe", "-r", *reversed(new)], 60)
+        unload([name for name in self.names if canonical(name) not in self._before], self._before)
 
 
 @dataclasses.dataclass
 class UnloadModules(Step):
-    """Unload modules, and those that only they needed; one that is in use by then stays."""
+    """Unload modules, and those that are there for them only.
+
+    Attributes:
+        names: the modules.
+        keep: names of modules that stay even when nothing uses them.
+    """
 
     names: t.Sequence[str] = ()
+    keep: t.Collection[str] = ()
 
     def __post_init__(self) -> None:
         self._before: list[str] = []
 
     def apply(self) -> None:
-        host = Host()
-        self._before = [name for name in self.names if canonical(name) in loaded(host)]
-        run(["modprobe", "-r", *self._before], 60)
+        running = loaded(Host())
+        self._before = [name for name in self.names if canonical(name) in running]
+        unload(self._before, self.keep)
 
     def undo(self) -> None:
         if self._before:
-            run(["modprobe", "-a", *self._before], 60)
+            run(["modprobe", "-a", *reversed(self._before)], 60)
+
+
+def unload(names: t.Sequence[str], keep: t.Collection[str] = ()) -> None:
+    """Unload modules, and what they needed as far as nothing else uses it.
+
+    ``modprobe -r`` alone does not do: vfio asks for vfio_iommu_type1 by itself, which then holds vfio, and with it
+    iommufd.
+
+    Raises:
+        HostError: one of the modules is in use.
+    """
+    if not names:
+        return
+    host = Host()
+    index = ModuleIndex(host)
+    kept = {canonical(name) for name in keep}
+    going = {canonical(name) for name in names}
+    for name in list(going):
+        going.update(canonical(os.path.basename(path).partition(".ko")[0]) for path in index.closure(name))
+    if "vfio" in going:
+        going.add("vfio_iommu_type1")
+    going -= kept
+    while True:
+        idle = [name for name in sorted(going & loaded(host)) if host.read_int(f"/sys/module/{name}/refcnt") == 0]
+        if not idle:
+            break
+        run(["rmmod", *idle], 60)
+    left = [name for name in names if canonical(name) in loaded(host)]
+    if left:
+        raise HostError(f"{', '.join(left)} cannot be unloaded: something uses it")
 
 
 def loaded(host: Host) -> set[str]:
@@ -195,21 +230,28 @@ def plan_absent(host: Host) -> Planned:
     running = loaded(host)
     others = listed_elsewhere(host)
     names = [line for line in before.splitlines() if line and not line.startswith("#")]
-    unload: list[str] = []
+    idle: list[str] = []
     for name in reversed(names):
         if canonical(name) not in running:
             continue
         if canonical(name) in others:
             planned.staying[name] = f"{others[canonical(name)]} has it loaded"
             continue
-        users = _users(host, canonical(name), {canonical(one) for one in unload})
+        users = _users(host, canonical(name), {canonical(one) for one in idle})
         if users:
             planned.staying[name] = "; ".join(users)
         else:
-            unload.append(name)
-    if unload:
+            idle.append(name)
+    if idle:
         planned.plan.add(
-            UnloadModules(f"unload {', '.join(unload)}", "loaded modules", _lines(unload), "", names=unload)
+            UnloadModules(
+                f"unload {', '.join(idle)}",
+                "loaded modules",
+                _lines(idle),
+                "",
+                names=idle,
+                keep={*planned.staying, *others},
+            )
         )
     return planned
 

@@ -91,7 +91,7 @@ options:
     type: bool
     default: false
 requirements:
-  - QEMU 8.2 or later with iommufd (C(qemu-system-x86) on Debian and Ubuntu)
+  - QEMU 9.0 or later with iommufd (C(qemu-system-x86) on Debian and Ubuntu)
   - busybox (C(busybox-static) on Debian and Ubuntu)
   - an x86-64 host
 seealso:

@@ -227,9 +227,40 @@ def test_the_process_dies_with_its_launcher(user: User) -> None:
     assert gone(started)
 
 
+@needs_root
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_the_process(user: User, number: signal.Signals) -> None:
+    """As Ansible's adapter has it: the signal becomes an exception, which leaves the context."""
+
+    def interrupted(_number: int, _frame: object) -> t.NoReturn:
+        raise KeyboardInterrupt
+
+    reader, writer = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        status = 1
+        try:
+            signal.signal(number, interrupted)
+            with Process(["/bin/sleep", "300"], user, Limits(0), []) as process:
+                os.write(writer, str(process.pid).encode())
+                time.sleep(300)
+        except KeyboardInterrupt:
+            status = 7 if process.status == -signal.SIGKILL else 8
+        finally:
+            os._exit(status)
+    try:
+        started = int(os.read(reader, 32))
+        assert running(started)
+        os.kill(launcher, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == 7
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert gone(started)
+
+
+@needs_root
 def test_exit_status(user: User) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give up root")
     with Process(["/bin/sh", "-c", "exit 7"], user, Limits(0), []) as process:
         assert process.wait(10) == 7
 
