@@ -38,6 +38,10 @@ demo: ready ## Build a lab host, provision it, verify a guest on it; results in 
 lab: ready ## Start the lab hosts of INVENTORY (default examples/lab/hosts.yml)
 	@ansible-playbook -i $(or $(INVENTORY),examples/lab/hosts.yml) iommufd.host.lab
 
+.PHONY: lab-list
+lab-list: ready ## List the lab hosts of INVENTORY
+	@ansible-playbook -i $(or $(INVENTORY),examples/lab/hosts.yml) iommufd.host.lab -e lab_state=listed
+
 .PHONY: lab-destroy
 lab-destroy: ready ## Destroy the lab hosts of INVENTORY
 	@ansible-playbook -i $(or $(INVENTORY),examples/lab/hosts.yml) iommufd.host.lab -e lab_state=absent
@@ -64,9 +68,10 @@ lint: ready ## Style, YAML, Ansible, documentation, changelog and licence checks
 	@ruff check .
 	@ruff format --check .
 	@yamllint --strict .
-	@tests/tools/ansible-lint
-	@antsibull-changelog lint
-	@antsibull-docs lint-collection-docs --plugin-docs --validate-collection-refs all .
+	@tests/tools/in-copy \
+	  'ansible-lint --offline --strict' \
+	  'antsibull-changelog lint' \
+	  'antsibull-docs lint-collection-docs --plugin-docs --validate-collection-refs all .'
 	@reuse lint --quiet || { reuse lint; exit 1; }
 
 .PHONY: format
@@ -92,6 +97,12 @@ proof: ready ## Long runs that CI does not carry; results in build/proof
 .PHONY: bench
 bench: ready ## Benchmarks; results in build/bench.json
 	@echo "No benchmarks yet."
+
+.PHONY: changelog
+changelog: ready ## Release the changelog fragments as VERSION
+	@tests/tools/in-copy 'antsibull-changelog release --version $(VERSION)'
+	@cp build/copy/ansible_collections/iommufd/host/CHANGELOG.rst . && \
+	  cp build/copy/ansible_collections/iommufd/host/changelogs/changelog.yaml changelogs/ && rm -f changelogs/fragments/*.yml
 
 .PHONY: clean
 clean: ## Remove build/ (the cache stays; it is $(CACHE))

@@ -23,7 +23,16 @@ import stat
 import subprocess
 import sys
 
-HASHED = ("/etc", "/boot", "/usr/src", "/usr/lib/modules", "/usr/lib/udev", "/usr/lib/systemd", "/usr/local", "/var/lib/dkms")
+HASHED = (
+    "/etc",
+    "/boot",
+    "/usr/src",
+    "/usr/lib/modules",
+    "/usr/lib/udev",
+    "/usr/lib/systemd",
+    "/usr/local",
+    "/var/lib/dkms",
+)
 SIZED = ("/usr", "/var/lib/dpkg/info", "/opt", "/root")
 
 # Caches that their owners rebuild with the same meaning but other bytes, and what a login leaves.
@@ -46,7 +55,9 @@ def files() -> dict[str, str]:
     found: dict[str, str] = {}
     for top in HASHED + SIZED:
         for directory, names, leaves in os.walk(top):
-            names[:] = [name for name in names if os.path.join(directory, name) not in IGNORED and name != "__pycache__"]
+            names[:] = [
+                name for name in names if os.path.join(directory, name) not in IGNORED and name != "__pycache__"
+            ]
             for name in names + leaves:
                 path = os.path.join(directory, name)
                 if path in IGNORED or path in found:

@@ -8,6 +8,7 @@ import os
 import pathlib
 
 import pytest
+
 from ansible_collections.iommufd.host.plugins.module_utils._files import FileState, capture, own_header, write_atomic
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 import pathlib
-import typing as t
 
 import pytest
+
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
 
@@ -63,7 +63,7 @@ def test_a_loop_of_links_is_nothing(tree: pathlib.Path) -> None:
     ("content", "base", "expected"),
     [("17\n", 10, 17), ("0x10\n", 0, 16), ("-1\n", 10, -1), ("x\n", 10, None), ("", 10, None), ("\x00\xff", 10, None)],
 )
-def test_read_int(tree: pathlib.Path, content: str, base: int, expected: t.Optional[int]) -> None:
+def test_read_int(tree: pathlib.Path, content: str, base: int, expected: int | None) -> None:
     (tree / "etc/number").write_bytes(content.encode("latin-1"))
     assert Host(str(tree)).read_int("/etc/number", base) == expected
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
 

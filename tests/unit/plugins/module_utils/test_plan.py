@@ -9,6 +9,7 @@ import pathlib
 import typing as t
 
 import pytest
+
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._plan import (
     Action,
@@ -82,7 +83,9 @@ def test_what_cannot_be_taken_back_is_named_and_the_rest_is_taken_back() -> None
     def stuck() -> None:
         raise OSError(16, os.strerror(16), "/sys/x")
 
-    plan = Plan([Action("do one", take_back=lambda: undone.append("one")), Action("do two", take_back=stuck), failing()])
+    plan = Plan(
+        [Action("do one", take_back=lambda: undone.append("one")), Action("do two", take_back=stuck), failing()]
+    )
     with pytest.raises(HostError) as caught:
         plan.apply()
     assert undone == ["one"]
