@@ -127,6 +127,7 @@ _HEADER = f"""\
 #endif
 """
 
+# REUSE-IgnoreStart: the licence of the file below, not of this one
 _SPAN_ITER = f"""\
 /* {OWN_MARK}; edits are lost. */
 /* SPDX-License-Identifier: GPL-2.0-only */
@@ -144,6 +145,7 @@ _SPAN_ITER = f"""\
 #include "../../../lib/interval_tree.c"
 #endif
 """
+# REUSE-IgnoreEnd
 
 
 def _makefile(*lines: str) -> str:
