@@ -129,9 +129,7 @@ def parse_mode(option: str, value: object, allow_world: bool) -> int:
     return mode
 
 
-def resolve_access(
-    accounts: Accounts, prefix: str, owner: str, group: str, mode: int, missing: t.Callable[[str], None] | None = None
-) -> Access:
+def resolve_access(accounts: Accounts, prefix: str, owner: str, group: str, mode: int) -> Access:
     """Names to ids.
 
     Args:
@@ -140,7 +138,6 @@ def resolve_access(
         owner: user name or number.
         group: group name or number.
         mode: permission bits.
-        missing: called with a sentence for a name that the host does not have; None: that is an error.
 
     Raises:
         OptionError: not a name, or no such user or group.
@@ -152,15 +149,12 @@ def resolve_access(
             raise OptionError(f"{prefix}{kind}", name, f"the name of a {what} of the host")
         number = int(name) if name.isdecimal() else look_up(name)
         if number is None:
-            sentence = f"the host has no {what} of this name"
-            if missing is None:
-                raise OptionError(
-                    f"{prefix}{kind}",
-                    name,
-                    f"a {what} that exists on the host (`getent {'passwd' if kind == 'owner' else 'group'}`)",
-                    sentence,
-                )
-            missing(f"{prefix}{kind}: {sentence}: {name}")
+            raise OptionError(
+                f"{prefix}{kind}",
+                name,
+                f"a {what} that exists on the host (`getent {'passwd' if kind == 'owner' else 'group'}`)",
+                f"the host has no {what} of this name",
+            )
         ids.append(number)
     return Access(owner, group, mode, ids[0], ids[1])
 

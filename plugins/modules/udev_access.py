@@ -84,12 +84,6 @@ options:
     type: str
     choices: [present, absent]
     default: present
-  pending:
-    description:
-      - An earlier task of the same play is going to create the user or group, or install packages that do.
-      - Only honoured in check mode, where a missing user or group is then a warning.
-    type: bool
-    default: false
 requirements:
   - systemd-udevd. The syntax of the rules is checked with C(udevadm verify) where it exists (systemd 254 and later).
 extends_documentation_fragment:
@@ -197,13 +191,10 @@ ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
     "symlinks": {"type": "bool", "default": True},
     "path": {"type": "path", "default": _udev.DEFAULT_PATH},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-    "pending": {"type": "bool", "default": False},
 }
 
 
-def parse_nodes(
-    host: Host, params: t.Mapping[str, t.Any], missing: t.Callable[[str], None] | None
-) -> dict[str, _udev.Access]:
+def parse_nodes(host: Host, params: t.Mapping[str, t.Any]) -> dict[str, _udev.Access]:
     """The wanted access by kind of node.
 
     Raises:
@@ -227,7 +218,7 @@ def parse_nodes(
         mode = _udev.parse_mode(mode_option, given.get("mode", params["mode"]), params["allow_world"])
         owner, group = (given.get(key, params[key]) for key in ("owner", "group"))
         prefix = f"{option}." if {"owner", "group"} & set(given) else ""
-        wanted[name] = _udev.resolve_access(accounts, prefix, str(owner), str(group), mode, missing)
+        wanted[name] = _udev.resolve_access(accounts, prefix, str(owner), str(group), mode)
     return wanted
 
 
@@ -248,12 +239,10 @@ def work(module: AnsibleModule) -> Outcome:
     params = module.params
     host = Host()
     path = parse_path(params["path"])
-    warnings: list[str] = []
     present = params["state"] == "present"
-    pending = params["pending"] and module.check_mode
     wanted: dict[str, _udev.Access] = {}
     if present:
-        wanted = parse_nodes(host, params, warnings.append if pending else None)
+        wanted = parse_nodes(host, params)
         if not wanted and not params["symlinks"]:
             raise OptionError("nodes", [], "at least one node, or symlinks: true, or state: absent", "nothing to do")
     state = _udev.read_state(host, path)
@@ -263,7 +252,7 @@ def work(module: AnsibleModule) -> Outcome:
         plan = None
     elif present:
         plan = _udev.plan_present(state, wanted, params["symlinks"], host)
-        if plan.changed and not warnings:
+        if plan.changed:
             _udev.check_syntax(host, _udev.rules_text(wanted, params["symlinks"]))
     else:
         plan = _udev.plan_absent(state, host)
@@ -279,7 +268,7 @@ def work(module: AnsibleModule) -> Outcome:
     def after() -> dict[str, t.Any]:
         return result(_udev.read_state(host, path))
 
-    return Outcome(plan, result(state), after, warnings)
+    return Outcome(plan, result(state), after)
 
 
 def main() -> None:
