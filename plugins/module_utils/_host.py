@@ -74,7 +74,7 @@ class Host:
         """
         if self.live:
             return path
-        directory, _, name = path.rpartition("/")
+        directory, _slash, name = path.rpartition("/")
         if name in ("", ".", ".."):
             return self._real(self._resolve(path, follow))
         here = self._real(f"{self._directory(directory).rstrip('/')}/{name}")

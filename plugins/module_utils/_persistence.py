@@ -104,109 +104,109 @@ conf=/etc/iommufd-host/devices.conf
 pci=/sys/bus/pci
 
 say() {
-	echo "<$1>iommufd-host: $2" >/dev/kmsg
+    echo "<$1>iommufd-host: $2" >/dev/kmsg
 }
 
 # Prints what on the host uses a function ($1): a network interface that is up, a block device that is mounted,
 # swapped on or part of another.
 use_of() {
-	for net in "$pci/devices/$1"/net/* "$pci/devices/$1"/*/net/*; do
-		if [ -r "$net/flags" ] && read -r flags <"$net/flags" && [ $((flags & 1)) = 1 ]; then
-			echo "${net##*/} is up"
-			return
-		fi
-	done
-	for block in /sys/class/block/*; do
-		below=$(cd -P "$block" 2>/dev/null && echo "$PWD")
-		case $below in
-		*/"$1"/*) ;;
-		*) continue ;;
-		esac
-		name=${block##*/}
-		# The disk that NVMe multipath shows for the path nvme0c1n1 is nvme0n1.
-		case $name in
-		nvme*c*n*) name=${name%%c*}n${name##*n} ;;
-		esac
-		for part in "/sys/class/block/$name" "/sys/class/block/$name"p[0-9]*; do
-			[ -r "$part/dev" ] || continue
-			name=${part##*/}
-			for holder in "$part"/holders/*; do
-				if [ -e "$holder" ]; then
-					echo "$name is part of ${holder##*/}"
-					return
-				fi
-			done
-			read -r number <"$part/dev"
-			while read -r id parent where from to rest; do
-				case " $where $rest " in
-				" $number "* | *" /dev/$name "*)
-					echo "$name is mounted on $to"
-					return
-					;;
-				esac
-			done </proc/self/mountinfo
-			while read -r swap rest; do
-				if [ "$swap" = "/dev/$name" ]; then
-					echo "$name is swap"
-					return
-				fi
-			done </proc/swaps
-		done
-	done 2>/dev/null
+    for net in "$pci/devices/$1"/net/* "$pci/devices/$1"/*/net/*; do
+        if [ -r "$net/flags" ] && read -r flags <"$net/flags" && [ $((flags & 1)) = 1 ]; then
+            echo "${net##*/} is up"
+            return
+        fi
+    done
+    for block in /sys/class/block/*; do
+        below=$(cd -P "$block" 2>/dev/null && echo "$PWD")
+        case $below in
+        */"$1"/*) ;;
+        *) continue ;;
+        esac
+        name=${block##*/}
+        # The disk that NVMe multipath shows for the path nvme0c1n1 is nvme0n1.
+        case $name in
+        nvme*c*n*) name=${name%%c*}n${name##*n} ;;
+        esac
+        for part in "/sys/class/block/$name" "/sys/class/block/$name"p[0-9]*; do
+            [ -r "$part/dev" ] || continue
+            name=${part##*/}
+            for holder in "$part"/holders/*; do
+                if [ -e "$holder" ]; then
+                    echo "$name is part of ${holder##*/}"
+                    return
+                fi
+            done
+            read -r number <"$part/dev"
+            while read -r id parent where from to rest; do
+                case " $where $rest " in
+                " $number "* | *" /dev/$name "*)
+                    echo "$name is mounted on $to"
+                    return
+                    ;;
+                esac
+            done </proc/self/mountinfo
+            while read -r swap rest; do
+                if [ "$swap" = "/dev/$name" ]; then
+                    echo "$name is swap"
+                    return
+                fi
+            done </proc/swaps
+        done
+    done 2>/dev/null
 }
 
 take() {
-	device=$pci/devices/$1
-	[ -e "$device" ] || return 0
-	read -r vendor <"$device/vendor"
-	read -r model <"$device/device"
-	if [ "${vendor#0x}:${model#0x}" != "$3" ]; then
-		say 4 "$1: is ${vendor#0x}:${model#0x}, not $3: left alone"
-		return 0
-	fi
-	if [ -e "$device/driver" ] && ! [ -e "$pci/drivers/$2/$1" ]; then
-		use=$(use_of "$1")
-		if [ -n "$use" ]; then
-			say 3 "$1: $use: left with the host"
-			return 0
-		fi
-	fi
-	read -r override <"$device/driver_override"
-	if [ "$override" != "$2" ]; then
-		echo "$2" >"$device/driver_override" || return 0
-		say 6 "$1: driver_override $2"
-	fi
-	if [ "$stage" != init ] && ! [ -e "$pci/drivers/$2" ]; then
-		modprobe -q "$2"
-	fi
-	if ! [ -e "$pci/drivers/$2/$1" ] && [ -e "$device/driver" ]; then
-		host=$(cd -P "$device/driver" && echo "${PWD##*/}")
-		echo "$1" >"$device/driver/unbind"
-		say 5 "$1: taken back from $host"
-	fi
-	if [ -e "$pci/drivers/$2" ]; then
-		[ -e "$device/driver" ] || echo "$1" >"$pci/drivers_probe"
-		[ -e "$pci/drivers/$2/$1" ] && say 6 "$1: bound to $2"
-	elif [ "$stage" != init ]; then
-		say 3 "$1: there is no driver $2"
-	fi
+    device=$pci/devices/$1
+    [ -e "$device" ] || return 0
+    read -r vendor <"$device/vendor"
+    read -r model <"$device/device"
+    if [ "${vendor#0x}:${model#0x}" != "$3" ]; then
+        say 4 "$1: is ${vendor#0x}:${model#0x}, not $3: left alone"
+        return 0
+    fi
+    if [ -e "$device/driver" ] && ! [ -e "$pci/drivers/$2/$1" ]; then
+        use=$(use_of "$1")
+        if [ -n "$use" ]; then
+            say 3 "$1: $use: left with the host"
+            return 0
+        fi
+    fi
+    read -r override <"$device/driver_override"
+    if [ "$override" != "$2" ]; then
+        echo "$2" >"$device/driver_override" || return 0
+        say 6 "$1: driver_override $2"
+    fi
+    if [ "$stage" != init ] && ! [ -e "$pci/drivers/$2" ]; then
+        modprobe -q "$2"
+    fi
+    if ! [ -e "$pci/drivers/$2/$1" ] && [ -e "$device/driver" ]; then
+        host=$(cd -P "$device/driver" && echo "${PWD##*/}")
+        echo "$1" >"$device/driver/unbind"
+        say 5 "$1: taken back from $host"
+    fi
+    if [ -e "$pci/drivers/$2" ]; then
+        [ -e "$device/driver" ] || echo "$1" >"$pci/drivers_probe"
+        [ -e "$pci/drivers/$2/$1" ] && say 6 "$1: bound to $2"
+    elif [ "$stage" != init ]; then
+        say 3 "$1: there is no driver $2"
+    fi
 }
 
 [ -r "$conf" ] || exit 0
 read -r arguments </proc/cmdline
 case " $arguments " in
 *" iommufd_host=off "*)
-	say 4 "iommufd_host=off: all devices stay with the host"
-	exit 0
-	;;
+    say 4 "iommufd_host=off: all devices stay with the host"
+    exit 0
+    ;;
 esac
 while read -r address driver identity rest; do
-	case $address in
-	'' | '#'*) continue ;;
-	esac
-	if [ -z "$only" ] || [ "$only" = "$address" ]; then
-		take "$address" "$driver" "$identity" </dev/null
-	fi
+    case $address in
+    '' | '#'*) continue ;;
+    esac
+    if [ -z "$only" ] || [ "$only" = "$address" ]; then
+        take "$address" "$driver" "$identity" </dev/null
+    fi
 done <"$conf"
 exit 0
 """
@@ -245,7 +245,7 @@ _IMAGE_CONF = (
     own_header()
     + f"""\
 if [ -r {SCRIPT} ]; then
-	/bin/sh {SCRIPT} init
+    /bin/sh {SCRIPT} init
 fi
 """
 )
@@ -256,9 +256,9 @@ _HOOK = (
     + f"""\
 case ${{1:-}} in
 prereqs)
-	echo
-	exit 0
-	;;
+    echo
+    exit 0
+    ;;
 esac
 [ -r {CONF} ] && [ -r {SCRIPT} ] || exit 0
 mkdir -p "$DESTDIR{DIRECTORY}" "$DESTDIR/conf/conf.d"
@@ -741,7 +741,7 @@ def _plan_absent(host: Host, generator: Generator | None, images: list[Image]) -
     for candidate in (INITRAMFS_TOOLS, DRACUT_TOOL):
         if not host.exists(candidate.marker):
             continue
-        for path, _, _ in candidate.files[:-1]:
+        for path, _content, _mode in candidate.files[:-1]:
             files += _remove(host, path)
         stale = [
             image for image in images if candidate is generator and is_stale(host, image, {}, lambda address: False)

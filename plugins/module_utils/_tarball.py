@@ -146,8 +146,9 @@ class _Stream:
             lzma.LZMAError: it ends or is damaged.
         """
         while len(self._buffer) < size:
-            data = self._file.read(_CHUNK) if self._decompressor.needs_input else b""
-            if not data and (self._decompressor.needs_input or self._decompressor.eof):
+            hungry = bool(self._decompressor.needs_input)
+            data = self._file.read(_CHUNK) if hungry else b""
+            if not data and (hungry or self._decompressor.eof):
                 raise EOFError
             self._buffer += self._decompressor.decompress(data, max(_CHUNK, size - len(self._buffer)))
         content = bytes(self._buffer[:size])

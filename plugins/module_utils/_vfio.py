@@ -131,7 +131,7 @@ def hand_over(host: Host, move: Handover, back: Handover, timeout: float) -> Non
     deadline = time.monotonic() + timeout
     try:
         while True:
-            ready, _, _ = select.select([receiver], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _writable, _failed = select.select([receiver], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise Stuck(_stuck(host, move.address, child, timeout), stuck_process=child)
             chunk = os.read(receiver, 4096)
@@ -140,7 +140,7 @@ def hand_over(host: Host, move: Handover, back: Handover, timeout: float) -> Non
             answer += chunk
     finally:
         os.close(receiver)
-    _, status = os.waitpid(child, 0)
+    _pid, status = os.waitpid(child, 0)
     if answer != b"ok":
         words = answer.decode("utf-8", "replace") or f"the process that wrote to sysfs ended with status {status}"
         raise HostError(words)

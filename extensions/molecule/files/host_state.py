@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # Copyright (c) 2026, the iommufd.host authors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -95,7 +94,7 @@ def packages() -> dict[str, str]:
     automatic = set(answer("apt-mark", "showauto").split())
     return {
         name: state + (" auto" if name in automatic else " manual")
-        for name, _, state in (
+        for name, _space, state in (
             line.partition(" ")
             for line in answer("dpkg-query", "-W", "-f", "${Package} ${Status} ${Version}\n").splitlines()
         )

@@ -76,7 +76,7 @@ def test_defaults() -> None:
 
 
 def test_network_cards_keep_their_addresses() -> None:
-    first, again = (parse_host(host({"type": "e1000e"}, {"type": "igb"})) for _ in range(2))
+    first, again = (parse_host(host({"type": "e1000e"}, {"type": "igb"})) for _attempt in range(2))
     assert [one.mac for one in first.devices] == [one.mac for one in again.devices]
     assert first.devices[0].mac != first.devices[1].mac
     assert mac_address("alpha", "net") != mac_address("beta", "net")
