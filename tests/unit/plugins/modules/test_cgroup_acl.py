@@ -57,7 +57,7 @@ def nodes(root: pathlib.Path, entries: list[t.Any], **options: t.Any) -> dict[st
     (root / "etc/passwd").write_text("root:x:0:0:::\n")
     (root / "etc/group").write_text("root:x:0:\nkvm:x:993:\ngpu:x:994:\n")
     params = {"nodes": entries, "owner": "root", "group": "kvm", "mode": "0660", "allow_world": False, **options}
-    return {kind: access.text for kind, access in udev_access.parse_nodes(Host(str(root)), params, None).items()}
+    return {kind: access.text for kind, access in udev_access.parse_nodes(Host(str(root)), params).items()}
 
 
 def test_nodes_with_and_without_settings_of_their_own(tmp_path: pathlib.Path) -> None:
