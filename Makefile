@@ -14,7 +14,6 @@ PYTHON ?= python3
 KEY := $(shell { $(PYTHON) -VV; cat tests/requirements/test.txt; } 2>/dev/null | sha256sum | cut -c1-12)
 VENV := $(CACHE)/venv-$(KEY)
 COLLECTIONS := $(CURDIR)/build/collections
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 export ANSIBLE_COLLECTIONS_PATH := $(COLLECTIONS)
 export IOMMUFD_HOST_CACHE := $(CACHE)
