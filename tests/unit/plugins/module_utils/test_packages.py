@@ -193,5 +193,5 @@ def test_lists(tmp_path: pathlib.Path) -> None:
     host = Debian(tmp_path)
     host.put("/var/lib/apt/lists/lock", "")
     assert not have_lists(host)
-    host.put("/var/lib/apt/lists/deb.debian.org_debian_dists_trixie_main_binary-amd64_Packages", "")
+    host.put("/var/lib/apt/lists/mirror.example_debian_dists_trixie_main_binary-amd64_Packages", "")
     assert have_lists(host)
