@@ -47,13 +47,13 @@ def cdev_link(address: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Owner, group and mode of a node; ids are None where the host does not have that user or group (yet)."""
+    """Owner, group and mode of a node, by name and by number."""
 
     owner: str
     group: str
     mode: int
-    uid: int | None = None
-    gid: int | None = None
+    uid: int
+    gid: int
 
     @property
     def text(self) -> str:
@@ -142,7 +142,7 @@ def resolve_access(accounts: Accounts, prefix: str, owner: str, group: str, mode
     Raises:
         OptionError: not a name, or no such user or group.
     """
-    ids: list[int | None] = []
+    ids: list[int] = []
     for kind, name, look_up in (("owner", owner, accounts.user_id), ("group", group, accounts.group_id)):
         what = "user" if kind == "owner" else "group"
         if not _NAME.fullmatch(name):
@@ -356,8 +356,7 @@ def _trigger(nodes: t.Sequence[LiveNode]) -> None:
 
 def _set_access(path: str, access: Access) -> None:
     try:
-        if access.uid is not None and access.gid is not None:
-            os.chown(path, access.uid, access.gid)
+        os.chown(path, access.uid, access.gid)
         os.chmod(path, access.mode)
     except FileNotFoundError:
         pass  # the device went away in the meantime, and its node with it
