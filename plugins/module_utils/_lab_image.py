@@ -10,6 +10,7 @@ about an IOMMU: turning that on is the work of the collection's roles.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -420,8 +421,10 @@ def build_image(spec: ImageSpec, cache_dir: Path, host: Host) -> bool:
             shutil.rmtree(final, ignore_errors=True)
             log.rename(work / "build.log")
             work.rename(final)
-        finally:
-            _discard(work)
+        except BaseException:
+            with contextlib.suppress(HostError):  # what failed first is what the user has to hear of
+                _discard(work)
+            raise
     return True
 
 
