@@ -90,12 +90,15 @@ molecule: ready ## The scenario on a lab host: converge, idempotence, reboot, ve
 	@tests/tools/molecule test --scenario-name default
 
 .PHONY: proof
-proof: ready ## Long runs that CI does not carry; results in build/proof
-	@echo "No long runs yet."
+proof: $(patsubst tests/proof/%,proof-%,$(wildcard tests/proof/[a-z]*)) ## Long runs that CI does not carry; results in build/proof
+
+# One run: make proof-NAME, for each executable tests/proof/NAME. Its output and verdict stay in build/proof/NAME/.
+proof-%: ready
+	@mkdir -p build/proof/$* && tests/proof/$* build/proof/$* 2>&1 | tee build/proof/$*/output.txt
 
 .PHONY: bench
-bench: ready ## Benchmarks; results in build/bench.json
-	@echo "No benchmarks yet."
+bench: ready ## Benchmarks (ONLY="NAME ..." for some); results in build/bench.json
+	@python tests/bench/bench.py $(ONLY)
 
 .PHONY: changelog
 changelog: ready ## Release the changelog fragments as VERSION
