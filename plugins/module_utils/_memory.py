@@ -17,8 +17,8 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils._files import own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
-from ansible_collections.iommufd.host.plugins.module_utils._names import Names
-from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, Sriov
+from ansible_collections.iommufd.host.plugins.module_utils._names import Names, read_names
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, Sriov, read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     Entry,
     identity_of,
@@ -27,7 +27,12 @@ from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     render_lines,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, Step, WriteFile
-from ansible_collections.iommufd.host.plugins.module_utils._selectors import view
+from ansible_collections.iommufd.host.plugins.module_utils._selectors import (
+    Choice,
+    choose,
+    parse_selectors,
+    view,
+)
 
 MEMORY = "/run/iommufd-host/devices.conf"
 
@@ -56,18 +61,37 @@ def remembered(host: Host, functions: t.Iterable[Function]) -> dict[str, Names]:
     return found
 
 
+def find_devices(host: Host, option: str, value: object, pending: bool = False) -> Choice:
+    """The devices of a host that the selectors in an option mean.
+
+    Args:
+        host: the host.
+        option: the option's name, for messages.
+        value: its value.
+        pending: VFs may be about to be created.
+
+    Raises:
+        OptionError: a selector is malformed, or names what the host does not have.
+    """
+    selectors = parse_selectors(option, value)
+    functions = read_functions(host)
+    names, memory = read_names(host, functions), remembered(host, functions)
+    views = [view(one, names.get(one.address), memory.get(one.address)) for one in functions]
+    return choose(selectors, views, pending)
+
+
 def plan_memory(host: Host, wanted: t.Mapping[str, Entry]) -> list[Step]:
     """The step after which exactly this is remembered for this boot; none where that is so already."""
     before = host.read_bytes(MEMORY)
     after = (_HEAD + render_lines(wanted.values())).encode() if wanted else None
     if before == after:
         return []
-    texts = [(content or b"").decode("utf-8", "replace") for content in (before, after)]
+    had = (before or b"").decode("utf-8", "replace")
+    path = host.path(MEMORY)
     if after is None:
-        directory = host.path(os.path.dirname(MEMORY))
-        return [RemoveFile(f"remove {MEMORY}", MEMORY, *texts, path=host.path(MEMORY), prune=[directory])]
+        return [RemoveFile(f"remove {MEMORY}", MEMORY, had, path=path, prune=[os.path.dirname(path)])]
     summary = f"remember in {MEMORY} what the host calls the devices"
-    return [WriteFile(summary, MEMORY, *texts, path=host.path(MEMORY), content=after)]
+    return [WriteFile(summary, MEMORY, had, after.decode(), path=path, content=after)]
 
 
 def merge(now: Names | None, before: Names | None) -> Names:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing as t
 
@@ -63,13 +62,6 @@ def address_key(address: str) -> tuple[int, int, int, int]:
         return (0, 0, 0, 0)
     domain, bus, slot, function = match.groups()
     return (int(domain or "0", 16), int(bus, 16), int(slot, 16), int(function, 16))
-
-
-def nearest_addresses(host: Host, address: str, count: int = 3) -> list[str]:
-    """The host's addresses that look most like one that it does not have, for an error message."""
-    known = list_addresses(host)
-    close = difflib.get_close_matches(address, known, count, 0.75)
-    return close or known[:count]
 
 
 @dataclasses.dataclass

@@ -305,7 +305,8 @@ def parse(text: str) -> dict[str, Entry]:
             and _DRIVER.fullmatch(fields[1])
             and _IDENTITY.fullmatch(fields[2])
         ):
-            entries[fields[0]] = Entry(*fields[:3], from_fields(fields[3:]))
+            address, driver, identity = fields[:3]
+            entries[address] = Entry(address, driver, identity, from_fields(fields[3:]))
     return entries
 
 

@@ -311,7 +311,7 @@ def _matcher(option: str, pattern: str) -> t.Callable[[str], bool]:
         return lambda text: text == pattern
     try:
         compiled = re.compile(fnmatch.translate(pattern))
-    except re.error as error:
+    except re.error as error:  # before Python 3.11, of a range that runs backwards
         raise OptionError(option, pattern, "a glob with *, ? and ranges such as [0-3]", str(error)) from None
     return lambda text: compiled.match(text) is not None
 
@@ -504,9 +504,7 @@ def _query(option: str, value: object, query: Query | None) -> Criterion:
 
 
 def _parents(option: str, value: object) -> Selector:
-    accepted = (
-        "a PF: its address, its interface, or a dictionary of selector keys without vfs_of, query and excluded"
-    )
+    accepted = "a PF: its address, its interface, or a dictionary of selector keys without vfs_of, query and excluded"
     if isinstance(value, dict):
         extra = set(value) & {"vfs_of", "vf", "query", "excluded"}
         if extra:
