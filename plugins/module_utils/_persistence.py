@@ -311,7 +311,7 @@ def parse(text: str) -> dict[str, Entry]:
 
 
 def identity_of(function: Function) -> str | None:
-    """ "vendor:device" of a function; None where sysfs does not tell."""
+    """A function's vendor and device ("8086:10d3"); None where sysfs does not tell."""
     if function.vendor_id is None or function.device_id is None:
         return None
     return f"{function.vendor_id[2:]}:{function.device_id[2:]}"
