@@ -399,14 +399,17 @@ def decide(host: Host, situation: Situation, request: Request) -> Binding:
         move.address: merge(situation.names.get(move.address), situation.remembered.get(move.address)) for move in moves
     }
     for move in moves:
-        kept.pop(move.address, None)
-        known = memory.pop(move.address, None) is not None
-        if request.bound and move.to is not None:
-            if request.persistent:
-                kept[move.address] = _entry(move.function, move.to, names[move.address])
-            # Who selects by names and is interrupted, or does not keep the devices, shall find them again by the same.
-            if (selection.by_name or known) and names[move.address].given:
-                memory[move.address] = _entry(move.function, move.to, names[move.address])
+        was_kept = kept.pop(move.address, None) is not None
+        was_remembered = memory.pop(move.address, None) is not None
+        if not request.bound or move.to is None:
+            continue
+        named = names[move.address]
+        if request.persistent:
+            kept[move.address] = _entry(move.function, move.to, named)
+        # A run by names that is interrupted, and one that does not keep the devices, must find them again by the same.
+        in_run = was_remembered or (selection.by_name and move.needed) or (was_kept and not request.persistent)
+        if in_run and named.given:
+            memory[move.address] = _entry(move.function, move.to, named)
     remember, live = plan_memory(host, memory), _live_steps(host, request, moves)
     plan = Plan([*remember, *live] if request.bound else [*live, *remember])
     plan.add(*plan_persistence(host, kept, _Claims(host, situation)))

@@ -87,14 +87,14 @@ class Criterion:
         words: key and value for people ("class nvme").
         matches: whether a device has it.
         nearness: how much a device that has it not is like one that has, from 0 (not at all) to 1; for messages.
-        current: for a name that the host gives and may give again (nic, disk): whether a device has it at present, not
-            only in memory; None for any other key, and for globs.
+        bearer: for a name that the host gives and may give again (nic, disk): whether a device has it now, not only in
+            memory, and the MAC or serial number that it has it with. None for any other key, and for globs.
     """
 
     words: str
     matches: t.Callable[[Device], bool]
     nearness: t.Callable[[Device], float]
-    current: t.Callable[[Device], bool] | None = None
+    bearer: t.Callable[[Device], tuple[bool, str | None]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +213,10 @@ def _is_bridge(device: Device) -> bool:
     return str(device.get("class_id") or "").startswith(_BRIDGES)
 
 
-def _names(device: Device, key: str, part: str, memory: bool = True) -> set[str]:
+def _names(device: Device, key: str, part: str) -> set[str]:
     """Names, MACs or serial numbers of a device's interfaces or disks, remembered ones included."""
     found = list(device.get(key) or ())
-    if memory and device.get("remembered"):
+    if device.get("remembered"):
         found += device["remembered"].get(key) or ()
     return {str(one[part]) for one in found if one.get(part)}
 
@@ -436,8 +436,11 @@ def _count(option: str, key: str, value: object) -> Criterion:
 
 def _named(option: str, key: str, value: object) -> Criterion:
     """nic and disk: names that the host gives."""
-    listing, example = {"nic": ("interfaces", "ens3f0 or ens3f*"), "disk": ("disks", "nvme0n1 or nvme*")}[key]
-    name = _text(option, value, f"the name of a {_THING[key]}, such as {example}")
+    listing, constant, accepted = {
+        "nic": ("interfaces", "mac", "the name of a network interface, such as ens3f0 or ens3f*"),
+        "disk": ("disks", "serial", "the name of a disk, such as nvme0n1 or nvme*"),
+    }[key]
+    name = _text(option, value, accepted)
     if key == "disk" and name.startswith("/dev/"):
         name = name[len("/dev/") :]
     matches = _matcher(option, name)
@@ -446,14 +449,16 @@ def _named(option: str, key: str, value: object) -> Criterion:
     def found(device: Device) -> set[str]:
         return _names(device, listing, "name")
 
-    def current(device: Device) -> bool:
-        return any(map(matches, _names(device, listing, "name", memory=False)))
+    def bearer(device: Device) -> tuple[bool, str | None]:
+        now = [one for one in device.get(listing) or () if one.get("name") == name]
+        before = [one for one in (device.get("remembered") or {}).get(listing) or () if one.get("name") == name]
+        return bool(now), (now or before)[0].get(constant)
 
     return Criterion(
         f"{key} {name}",
         lambda device: any(map(matches, found(device))),
         _near_text(name, found),
-        current if fixed else None,
+        bearer if fixed else None,
     )
 
 
@@ -536,7 +541,6 @@ def _numbers(option: str, value: object) -> frozenset[int]:
     return frozenset(found)
 
 
-_THING = {"nic": "network interface", "disk": "disk"}
 _SIMPLE: dict[str, t.Callable[[str, str, object], Criterion]] = {
     "id": _kind,
     "vendor_id": _number_of_kind,
@@ -609,7 +613,7 @@ def _find(
             _refuse_ambiguous(selector, criterion, matched)
         return matched
     # What means one very device has a typo; what describes devices may well describe none that is left.
-    very = selector.address is not None or any(one.current is not None for one in selector.criteria)
+    very = selector.address is not None or any(one.bearer is not None for one in selector.criteria)
     if lenient and not very:
         return []
     raise _nothing(selector, devices, candidates)
@@ -619,18 +623,21 @@ def _refuse_ambiguous(selector: Selector, criterion: Criterion, matched: t.Seque
     """A name that was a given-away device's, and that the host has given to another one since.
 
     The kernel numbers disks and some interfaces as they come: once the first is gone, the next boot calls the second
-    by its name. Whoever runs the same play again means the first, and must not lose the second.
+    by its name. Whoever runs the same play again means the first, and must not lose the second. One disk behind two
+    functions (a dual-ported NVMe disk) is no such case.
     """
-    if criterion.current is None:
+    if criterion.bearer is None or len(matched) < 2:
         return
-    now = [device for device in matched if criterion.current(device)]
-    before = [device for device in matched if not criterion.current(device)]
-    if now and before:
+    bearers = [(device, *criterion.bearer(device)) for device in matched]
+    constants = {constant for _device, _now, constant in bearers}
+    before = [device for device, now, _constant in bearers if not now]
+    if before and (len(constants) > 1 or None in constants):
+        other = next((device for device, now, _constant in bearers if now), before[-1])
         raise OptionError(
             selector.option,
             selector.value,
             "what does not change, such as an address, a mac or a serial",
-            f"{criterion.words} was {describe(before[0])}, which is given away, and is {describe(now[0])} now",
+            f"{criterion.words} was {describe(before[0])}, which is given away, and then {describe(other)}",
         )
 
 

@@ -335,9 +335,20 @@ def test_a_second_run_finds_the_same_device_and_changes_nothing(
         server.link("/etc/systemd/system/sysinit.target.wants/iommufd-host-devices.service", "/nowhere")
     first = run(server, selector, persistent=persistent)
     assert len(first.moves) == 1
-    second = decided(server, selector, persistent=persistent)
-    assert [move.address for move in second.moves] == [move.address for move in first.moves]
-    assert second.plan.summary() == []
+    for boot in range(1 + persistent):
+        if boot:
+            server.at(MEMORY).unlink(missing_ok=True)
+        second = decided(server, selector, persistent=persistent)
+        assert [move.address for move in second.moves] == [move.address for move in first.moves]
+        assert second.plan.summary() == []
+
+
+def test_what_is_kept_no_longer_is_remembered_until_the_next_boot(server: Machine) -> None:
+    server.interface("ens3f0", NIC)
+    run(server, NIC, persistent=True)
+    run(server, {"nic": "ens3f0"}, persistent=False)
+    assert CONF not in [step.subject for step in decided(server, {"nic": "ens3f0"}, persistent=False).plan.steps]
+    assert [move.address for move in decided(server, {"nic": "ens3f0"}, persistent=False).moves] == [NIC]
 
 
 def test_a_run_that_was_killed_after_the_binding_finds_its_device_again(server: Machine) -> None:
@@ -364,7 +375,7 @@ def test_the_disk_that_has_got_the_name_since_is_not_taken(server: Machine) -> N
     server.at("/sys/class/block/sda").unlink()
     server.pci("0000:02:00.0", "144d:a808", "010802", driver="nvme", group=14)
     server.disk("sda", "0000:02:00.0")
-    with pytest.raises(OptionError, match=f"disk sda was {NVME} .* and is 0000:02:00.0"):
+    with pytest.raises(OptionError, match=f"disk sda was {NVME} .* and then 0000:02:00.0"):
         decided(server, {"disk": "sda"})
 
 

@@ -417,13 +417,22 @@ def test_the_second_run_finds_what_the_first_one_took(selector: t.Any) -> None:
 
 @pytest.mark.parametrize(("key", "name"), [("disk", "nvme0n1"), ("nic", "eth0")])
 def test_a_name_that_the_host_has_given_to_another_device_takes_neither(key: str, name: str) -> None:
-    named = disk(name) if key == "disk" else nic(name)
-    first, second = device("0000:05:00.0", **named), device("0000:06:00.0", **named)
+    give = disk if key == "disk" else nic
+    first, second = device("0000:05:00.0", **give(name, "52:54:00:00:00:05")), device("0000:06:00.0", **give(name, "6"))
     caught = error({key: name}, devices=[given_away(first), second])
     assert f"{key} {name} was 0000:05:00.0" in caught.message
-    assert "is 0000:06:00.0" in caught.message
-    # Globs mean whatever has such a name.
+    assert "then 0000:06:00.0" in caught.message
+    assert "then 0000:06:00.0" in error({key: name}, devices=[given_away(first), given_away(second)]).message
+    # Globs mean whatever has such a name, and another key can tell which one is meant.
     assert len(found({key: name[:-1] + "*"}, devices=[given_away(first), second])) == 2
+    assert found({key: name, "address": "06:00.*"}, devices=[given_away(first), second]) == ["0000:06:00.0"]
+
+
+def test_a_disk_behind_two_functions_is_one_disk() -> None:
+    first, second = (device(f"0000:0{bus}:00.0", **disk("nvme0n1", "S1")) for bus in (5, 6))
+    both = ["0000:05:00.0", "0000:06:00.0"]
+    assert found({"disk": "nvme0n1"}, devices=[first, second]) == both
+    assert found({"disk": "nvme0n1"}, devices=[given_away(first), second]) == both
 
 
 # -- giving back ---------------------------------------------------------------------------------------------------
