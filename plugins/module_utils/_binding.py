@@ -14,7 +14,7 @@ import dataclasses
 import re
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     Group,
@@ -40,11 +40,13 @@ from ansible_collections.iommufd.host.plugins.module_utils._pci import (
 )
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import Entry, plan_persistence, read_entries
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step
+from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals
 from ansible_collections.iommufd.host.plugins.module_utils._usage import Use, all_uses
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     NO_CDEV,
     Bind,
     LoadDriver,
+    Mover,
     Release,
     cdev_ready,
     cdev_supported,
@@ -241,24 +243,7 @@ def driver_for(situation: Situation, function: Function, driver: str) -> str:
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Refusals:
-    """What speaks against a call, collected so that all of it is said at once."""
-
-    found: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
-
-    def add(self, reason: str, address: str | None = None, uses: t.Sequence[Use] = ()) -> None:
-        if all(one["reason"] != reason for one in self.found):
-            self.found.append({"address": address, "reason": reason, "uses": [use.to_dict() for use in uses]})
-
-    def speak(self, hint: str) -> None:
-        if not self.found:
-            return
-        reasons = " ".join(one["reason"][0].upper() + one["reason"][1:] + "." for one in self.found)
-        raise Refusal(f"Refused, and nothing has been changed. {reasons}{hint}", refusals=self.found)
-
-
-def _refuse_uses(refusals: _Refusals, situation: Situation, move: Move, force: bool) -> bool:
+def _refuse_uses(refusals: Refusals, situation: Situation, move: Move, force: bool) -> bool:
     """Add what uses a function; returns whether force (with the address written out) would help."""
     found = situation.uses.get(move.address, [])
     forced = force and move.named
@@ -270,7 +255,7 @@ def _refuse_uses(refusals: _Refusals, situation: Situation, move: Move, force: b
     return not any(use.vital for use in counting)
 
 
-def _refuse_virtual(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
+def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
     """A physical function's driver takes its VFs along when it goes."""
     sriov = move.function.sriov
     if sriov is None or not sriov.num_vfs:
@@ -290,7 +275,7 @@ def _refuse_virtual(refusals: _Refusals, situation: Situation, move: Move, chose
         )
 
 
-def _refuse_group(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
+def _refuse_group(refusals: Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
     number = move.function.iommu_group
     if number is None:
         refusals.add(f"{move.address} has no IOMMU group: {IOMMU_OFF}", move.address)
@@ -309,7 +294,7 @@ def _refuse_group(refusals: _Refusals, situation: Situation, move: Move, chosen:
         )
 
 
-def _refuse_driver(refusals: _Refusals, situation: Situation, driver: str, require_cdev: bool) -> None:
+def _refuse_driver(refusals: Refusals, situation: Situation, driver: str, require_cdev: bool) -> None:
     module: Module = situation.index.state(driver)
     if not module.usable:
         refusals.add(
@@ -360,7 +345,7 @@ def decide(host: Host, situation: Situation, request: Request) -> Binding:
 
 
 def _decide_bound(situation: Situation, request: Request, moves: list[Move], warnings: list[str]) -> None:
-    refusals = _Refusals()
+    refusals = Refusals()
     chosen = {move.address for move in moves}
     helps = False
     for move in moves:
@@ -390,7 +375,7 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
 
 
 def _decide_unbound(host: Host, situation: Situation, request: Request, moves: list[Move]) -> None:
-    refusals = _Refusals()
+    refusals = Refusals()
     chosen = {move.address for move in moves}
     for move in moves:
         function = move.function
@@ -427,6 +412,7 @@ def _entry(function: Function, driver: str) -> Entry:
 
 def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[Step]:
     steps: list[Step] = []
+    mover = Mover(host)
     needed = [move for move in moves if move.needed]
     if request.bound:
         for driver in sorted({move.to for move in needed if move.to is not None}):
@@ -461,6 +447,7 @@ def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[S
                     require_cdev=request.require_cdev,
                     timeout=request.timeout,
                     host=host,
+                    mover=mover,
                 )
             )
         else:
@@ -478,6 +465,7 @@ def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[S
                     expected=move.expected,
                     timeout=request.timeout,
                     host=host,
+                    mover=mover,
                 )
             )
     return steps

@@ -65,6 +65,23 @@ def address_key(address: str) -> tuple[int, int, int, int]:
     return (int(domain or "0", 16), int(bus, 16), int(slot, 16), int(function, 16))
 
 
+def vf_address(physfn: str, offset: int, stride: int, index: int) -> str | None:
+    """The address that a PF's VF has, or will have; None where there is no such bus.
+
+    PCI Express, 9.2.1.2: routing IDs (bus and devfn as one number) are counted from the PF's own.
+
+    Args:
+        physfn: the PF's address.
+        offset, stride: First VF Offset and VF Stride, as sysfs has them (``sriov_offset``, ``sriov_stride``).
+        index: number of the VF, from 0.
+    """
+    domain, bus, slot, function = address_key(physfn)
+    routing = (bus << 8 | slot << 3 | function) + offset + stride * index
+    if routing > 0xFFFF:
+        return None
+    return f"{domain:04x}:{routing >> 8:02x}:{routing >> 3 & 0x1F:02x}.{routing & 7}"
+
+
 def nearest_addresses(host: Host, address: str, count: int = 3) -> list[str]:
     """The host's addresses that look most like one that it does not have, for an error message."""
     known = list_addresses(host)
@@ -81,12 +98,15 @@ class Sriov:
         num_vfs: how many it has now; None for a VF.
         physfn: address of a VF's physical function; None for a PF.
         vfs: addresses of a PF's VFs, in their order.
+        offset, stride: where a PF's VFs are, see :func:`vf_address`; None for a VF.
     """
 
     total_vfs: int | None = None
     num_vfs: int | None = None
     physfn: str | None = None
     vfs: list[str] = dataclasses.field(default_factory=list)
+    offset: int | None = None
+    stride: int | None = None
 
     def to_dict(self) -> dict[str, t.Any]:
         return {"total_vfs": self.total_vfs, "num_vfs": self.num_vfs, "physfn": self.physfn, "vfs": self.vfs}
@@ -274,8 +294,12 @@ def _read_sriov(host: Host, path: str, present: set[str]) -> Sriov | None:
     links = [host.link_name(f"{path}/{name}") for name in virtual]
     return Sriov(
         total_vfs=_decimal(host.read_line(f"{path}/sriov_totalvfs")),
-        num_vfs=_decimal(host.read_line(f"{path}/sriov_numvfs")),
+        # The kernel takes the PF's lock to print sriov_numvfs: while somebody waits for a driver to let go of a VF,
+        # reading it would wait as well. The links are there then.
+        num_vfs=len(virtual) or _decimal(host.read_line(f"{path}/sriov_numvfs")),
         vfs=[name for name in links if name is not None and is_address(name)],
+        offset=_decimal(host.read_line(f"{path}/sriov_offset")),
+        stride=_decimal(host.read_line(f"{path}/sriov_stride")),
     )
 
 
