@@ -31,6 +31,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     read_config,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._pci import (
+    DEVICES,
     Function,
     address_key,
     nearest_addresses,
@@ -41,6 +42,12 @@ from ansible_collections.iommufd.host.plugins.module_utils._pci import (
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import Entry, plan_persistence, read_entries
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step
 from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals
+from ansible_collections.iommufd.host.plugins.module_utils._udev import (
+    Promise,
+    cdev_link,
+    check_promise,
+    read_promise,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._usage import Use, all_uses
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     NO_CDEV,
@@ -48,6 +55,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     LoadDriver,
     Mover,
     Release,
+    cdev_of,
     cdev_ready,
     cdev_supported,
 )
@@ -386,7 +394,7 @@ def _decide_unbound(host: Host, situation: Situation, request: Request, moves: l
         ours = override is not None and is_vfio_driver(override)
         unfinished = function.driver is None and move.address in situation.kept
         move.needed = on_vfio or ours or unfinished
-        move.expected = tuple(claims.modules(situation.index, function))
+        move.expected = tuple(claims.modules(situation.index, function)) if _probed(host, function) else ()
         if not on_vfio:
             continue
         _refuse_uses(refusals, situation, move, request.force)
@@ -402,6 +410,12 @@ def _decide_unbound(host: Host, situation: Situation, request: Request, moves: l
                         [use],
                     )
     refusals.speak("")
+
+
+def _probed(host: Host, function: Function) -> bool:
+    """Whether the kernel looks for a driver of the host at all: not for VFs of a PF whose autoprobe is off."""
+    physfn = function.sriov.physfn if function.sriov else None
+    return physfn is None or host.read_line(f"{DEVICES}/{physfn}/sriov_drivers_autoprobe") != "0"
 
 
 def _entry(function: Function, driver: str) -> Entry:
@@ -529,6 +543,7 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
         HostError: one does not; ``details`` has ``unkept``.
     """
     unkept = []
+    promise: Promise | None = None
     for move in binding.moves:
         function = read_function(host, move.address)
         if function is None:
@@ -543,8 +558,15 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
                 )
         elif function.driver != move.to:
             unkept.append(f"{move.address} is bound to {function.driver or 'no driver'}, not to {move.to}")
-        elif request.require_cdev and not cdev_ready(host, move.address):
-            unkept.append(f"{move.address} is bound to {move.to}, but has no usable character device")
+        elif request.require_cdev:
+            node = cdev_of(host, move.address)
+            if node is None or not cdev_ready(host, move.address):
+                unkept.append(f"{move.address} is bound to {move.to}, but has no usable character device")
+                continue
+            promise = promise or read_promise(host)
+            wrong = check_promise(host, promise, move.address, node)
+            if wrong is not None:
+                unkept.append(f"{move.address} is bound to {move.to}, but {wrong}")
     if read_entries(host) != binding.kept:
         unkept.append("the list of devices kept across reboots is not as it was written")
     if unkept:
@@ -568,6 +590,9 @@ def describe(host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], plan
         if planned and move.needed:
             expected = move.expected[0] if move.expected else None
             device.update(driver=move.to or expected, driver_override=move.to, vfio_device=None)
+        # Only a name that leads to this very device will do on a command line.
+        link = cdev_link(move.address)
+        device["vfio_link"] = link if device["vfio_device"] and host.realpath(link) == device["vfio_device"] else None
         device["from_driver"] = move.function.driver
         device["to_driver"] = device["driver"]
         device["reason"] = move.reason

@@ -66,6 +66,7 @@ class Request:
         persistent: whether that also holds after a reboot.
         force: remove VFs that are bound for guests or carry traffic of the host; never those that a guest has open.
         timeout: seconds for the PF's driver to make or remove its VFs.
+        pending: VFs that are bound for guests are only about to be given back (check mode of a whole play).
     """
 
     pfs: t.Sequence[t.Mapping[str, t.Any]]
@@ -73,6 +74,7 @@ class Request:
     persistent: bool = True
     force: bool = False
     timeout: float = 60.0
+    pending: bool = False
 
 
 @dataclasses.dataclass
@@ -209,7 +211,7 @@ def _refuse(
             continue
         if uses is None:
             uses = all_uses(host, list(functions.values()))
-        helps = _refuse_removal(refusals, physical, wanted, uses, request.force) or helps
+        helps = _refuse_removal(refusals, request, physical, wanted, uses) or helps
     hint = " With force=true VFs are removed although they are bound for guests or in use by the host."
     refusals.speak(hint if helps and not request.force else "")
 
@@ -233,7 +235,7 @@ def _refuse_driver(refusals: Refusals, physical: Physical, wanted: Wanted) -> No
 
 
 def _refuse_removal(
-    refusals: Refusals, physical: Physical, wanted: Wanted, uses: t.Mapping[str, list[Use]], force: bool
+    refusals: Refusals, request: Request, physical: Physical, wanted: Wanted, uses: t.Mapping[str, list[Use]]
 ) -> bool:
     """Add what speaks against removing a PF's VFs; returns whether force would help."""
     hard: list[Use] = []
@@ -242,9 +244,9 @@ def _refuse_removal(
         found = uses.get(vf.address, [])
         hard += [use for use in found if use.vital or use.kind in ("guest", "open")]
         soft += [use for use in found if use not in hard]
-        if not found and vf.driver is not None and is_vfio_driver(vf.driver):
+        if not found and not request.pending and vf.driver is not None and is_vfio_driver(vf.driver):
             soft.append(Use("vfio", vf.driver, f"{vf.address} is kept for guests on {vf.driver}"))
-    counting = hard if force else hard + soft
+    counting = hard if request.force else hard + soft
     if counting:
         words = "; ".join(use.detail for use in counting)
         listed = ", ".join(vf.address for vf in physical.vfs)

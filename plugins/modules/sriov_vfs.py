@@ -129,6 +129,13 @@ options:
       - Seconds that a PF may take to make or remove its VFs. When it does not, it is reported and not waited for.
     type: int
     default: 60
+  pending:
+    description:
+      - An earlier task of the same play is going to give VFs back to the host, and check mode only planned that. Then
+        VFs that are bound for guests do not count as used.
+      - Only honoured in check mode.
+    type: bool
+    default: false
 seealso:
   - module: iommufd.host.vfio_bind
 notes:
@@ -281,6 +288,7 @@ def work(module: AnsibleModule) -> Outcome:
         persistent=options["persistent"],
         force=options["force"],
         timeout=float(options["timeout"]),
+        pending=options["pending"] and module.check_mode,
     )
     decision = decide(host, request)
 
@@ -318,6 +326,7 @@ def main() -> None:
             "persistent": {"type": "bool", "default": True},
             "force": {"type": "bool", "default": False},
             "timeout": {"type": "int", "default": 60},
+            "pending": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

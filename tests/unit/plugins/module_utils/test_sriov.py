@@ -404,6 +404,14 @@ def test_a_vf_kept_for_guests_stays(machine: Machine, host: Answering) -> None:
     assert not decided(host, pf(2)).plan.changed, "the number stays"
 
 
+def test_vfs_that_an_earlier_task_will_give_back_do_not_hinder_a_plan(machine: Machine, host: Answering) -> None:
+    with_vfs(machine, host, 2, "vfio-pci")
+    assert decided(host, pf(None), present=False, pending=True).plan.changed
+    machine.cdev(VFS[0], 0, "241:0")
+    machine.process(77, "qemu-system-x86", ["qemu-system-x86_64", "-name", "web"], ["/dev/vfio/devices/vfio0"])
+    assert "the running guest web" in refused(host, pf(None), present=False, pending=True)
+
+
 def test_a_vf_in_use_stays(machine: Machine, host: Answering) -> None:
     with_vfs(machine, host, 1, "igbvf", autoprobe=1)
     machine.interface("enp1s0v0", VFS[0])
@@ -501,7 +509,7 @@ def test_settings_that_fail_take_the_new_vfs_with_them(
 
     monkeypatch.setattr(_sriov_plan, "_write", Kernel(machine))
     monkeypatch.setattr(_sriov_plan, "run", ip)
-    with pytest.raises(HostError, match=r"vf 1 vlan 5 qos 0` failed: RTNETLINK answers: Not supported\..*put back"):
+    with pytest.raises(HostError, match=r"vf 1 vlan 5 qos 0` failed: RTNETLINK answers: Operation not supp.*put back"):
         decided(host, pf(vf_settings=[{"vlan": 5}])).plan.apply()
     assert told == ["link set dev enp1s0 vf 0 vlan 5 qos 0\nlink set dev enp1s0 vf 1 vlan 5 qos 0\n"]
     assert attribute(machine, "sriov_numvfs") == "0"
