@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing as t
 
@@ -80,13 +79,6 @@ def vf_address(physfn: str, offset: int, stride: int, index: int) -> str | None:
     if routing > 0xFFFF:
         return None
     return f"{domain:04x}:{routing >> 8:02x}:{routing >> 3 & 0x1F:02x}.{routing & 7}"
-
-
-def nearest_addresses(host: Host, address: str, count: int = 3) -> list[str]:
-    """The host's addresses that look most like one that it does not have, for an error message."""
-    known = list_addresses(host)
-    close = difflib.get_close_matches(address, known, count, 0.75)
-    return close or known[:count]
 
 
 @dataclasses.dataclass
@@ -191,6 +183,21 @@ class Function:
             "reset_methods": self.reset_methods,
             "bars": self.bars,
         }
+
+
+def vf_addresses(function: Function, count: int | None = None) -> list[str]:
+    """Addresses that a PF's VFs have or will have, in their order; empty where it does not tell, or is no PF.
+
+    Args:
+        function: the PF.
+        count: how many VFs; None: as many as it can have.
+    """
+    sriov = function.sriov
+    if sriov is None or sriov.offset is None or sriov.stride is None or not sriov.offset:
+        return []
+    count = (sriov.total_vfs or 0) if count is None else count
+    found = [vf_address(function.address, sriov.offset, sriov.stride, index) for index in range(count)]
+    return [address for address in found if address is not None]
 
 
 def list_addresses(host: Host) -> list[str]:

@@ -36,6 +36,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._files import capture, own_header, write_atomic
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._names import Names, from_fields, to_fields
 from ansible_collections.iommufd.host.plugins.module_utils._own_files import (
     OWN_DIRECTORY,
     disable_unit,
@@ -45,7 +46,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._own_files import (
     remove_own,
     write_own,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._pci import address_key, is_address
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, address_key, is_address
 from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, Step, run
 
 DIRECTORY = OWN_DIRECTORY
@@ -78,15 +79,18 @@ class Entry:
         driver: name of the vfio driver.
         identity: "vendor:device" in hexadecimal as lspci -n prints it. A card that is put in or taken out can move
             others to new addresses: a device of another kind at this address is left alone.
+        names: what the host called it, for people and for selectors. Nothing at boot depends on it, so an image whose
+            list differs only in this is not stale.
     """
 
     address: str
     driver: str
     identity: str
+    names: Names = dataclasses.field(default=Names(), compare=False)
 
     @property
     def line(self) -> str:
-        return f"{self.address} {self.driver} {self.identity}"
+        return " ".join([self.address, self.driver, self.identity, *to_fields(self.names)])
 
 
 # -- the files -----------------------------------------------------------------------------------------------------
@@ -94,7 +98,8 @@ class Entry:
 _CONF_HEAD = (
     own_header()
     + "# PCI functions that go to a driver for guests at boot, before a driver of the host takes them:\n"
-    + "# address, driver, vendor:device. A device of another kind at the address is left alone.\n"
+    + "# address, driver, vendor:device. A device of another kind at the address is left alone. What follows is for\n"
+    + "# people and for the collection: what the host called the device.\n"
     + "# Kernel argument iommufd_host=off: for that boot the host keeps them all.\n"
 )
 
@@ -290,8 +295,12 @@ def script_content() -> bytes:
 
 def render(entries: t.Iterable[Entry]) -> bytes:
     """The file's content, in the order of addresses."""
-    ordered = sorted(entries, key=lambda entry: address_key(entry.address))
-    return (_CONF_HEAD + "".join(entry.line + "\n" for entry in ordered)).encode()
+    return (_CONF_HEAD + render_lines(entries)).encode()
+
+
+def render_lines(entries: t.Iterable[Entry]) -> str:
+    """A line for each entry, in the order of addresses."""
+    return "".join(entry.line + "\n" for entry in sorted(entries, key=lambda entry: address_key(entry.address)))
 
 
 def parse(text: str) -> dict[str, Entry]:
@@ -305,8 +314,16 @@ def parse(text: str) -> dict[str, Entry]:
             and _DRIVER.fullmatch(fields[1])
             and _IDENTITY.fullmatch(fields[2])
         ):
-            entries[fields[0]] = Entry(*fields[:3])
+            address, driver, identity = fields[:3]
+            entries[address] = Entry(address, driver, identity, from_fields(fields[3:]))
     return entries
+
+
+def identity_of(function: Function) -> str | None:
+    """A function's vendor and device ("8086:10d3"); None where sysfs does not tell."""
+    if function.vendor_id is None or function.device_id is None:
+        return None
+    return f"{function.vendor_id[2:]}:{function.device_id[2:]}"
 
 
 def read_entries(host: Host) -> dict[str, Entry]:

@@ -21,7 +21,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._pci import (
     Function,
     is_address,
-    nearest_addresses,
     parse_address,
 )
 
@@ -221,8 +220,8 @@ def _parse_pf(
     if function is None:
         if address in kept:
             return address
-        near = ", ".join(_capable(functions) or nearest_addresses(host, address))
-        raise OptionError(option, value, f"an address of a PF of this host: {near}", "there is no such device")
+        pfs = ", ".join(_capable(functions)) or "none"
+        raise OptionError(option, value, f"an address of a PF; this host has: {pfs}", "there is no such device")
     if function.sriov is None or not function.sriov.total_vfs:
         pfs = ", ".join(_capable(functions)) or "none"
         if function.sriov is not None and function.sriov.physfn is not None:

@@ -27,7 +27,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._pci import (
     Function,
     read_function,
     read_functions,
-    vf_address,
+    vf_addresses,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._plan import (
     Command,
@@ -285,7 +285,7 @@ def _steps(
             )
         )
     if fresh and wanted.count:
-        predicted = predicted_vfs(physical.function, wanted.count)
+        predicted = vf_addresses(physical.function, wanted.count)
         before = f"autoprobe: {_on(physical.autoprobe)}\nno VFs\n"
         steps.append(
             MakeVfs(
@@ -313,7 +313,7 @@ def _steps(
             )
         )
     if wanted.count and autoprobe:
-        waiting = predicted_vfs(physical.function, wanted.count) if fresh else _driverless(physical, claims)
+        waiting = vf_addresses(physical.function, wanted.count) if fresh else _driverless(physical, claims)
         waiting = [address for address in waiting if address not in bound]
         if waiting:
             steps.append(
@@ -335,15 +335,6 @@ def _driverless(physical: Physical, claims: ModuleIndex) -> list[str]:
         for vf in physical.vfs
         if vf.driver is None and vf.driver_override is None and vf.modalias and claims.drivers_for(vf.modalias)
     ]
-
-
-def predicted_vfs(function: Function, count: int) -> list[str]:
-    """Addresses that a PF's VFs have or will have; empty where the PF does not tell."""
-    sriov = function.sriov
-    if sriov is None or sriov.offset is None or sriov.stride is None or not sriov.offset:
-        return []
-    found = [vf_address(function.address, sriov.offset, sriov.stride, index) for index in range(count)]
-    return [address for address in found if address is not None]
 
 
 def _on(value: bool) -> str:
@@ -709,7 +700,7 @@ def describe_planned(decision: Decision) -> list[dict[str, t.Any]]:
         if not fresh:
             vfs: list[tuple[str | None, Function | None]] = [(vf.address, vf) for vf in physical.vfs]
         else:
-            predicted: list[str | None] = [*predicted_vfs(physical.function, wanted.count)]
+            predicted: list[str | None] = [*vf_addresses(physical.function, wanted.count)]
             vfs = [(address, None) for address in predicted or [None] * wanted.count]
         rows = []
         for index, (address, vf) in enumerate(vfs):

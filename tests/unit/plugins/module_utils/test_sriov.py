@@ -14,7 +14,7 @@ import pytest
 from ansible_collections.iommufd.host.plugins.module_utils import _sriov_plan
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
-from ansible_collections.iommufd.host.plugins.module_utils._pci import read_function, vf_address
+from ansible_collections.iommufd.host.plugins.module_utils._pci import read_function, vf_address, vf_addresses
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import CONF as DEVICES_CONF
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import Entry
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import render as render_devices
@@ -47,7 +47,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._sriov_plan import (
     decide,
     describe,
     describe_planned,
-    predicted_vfs,
     tell,
     verify,
 )
@@ -166,7 +165,7 @@ def test_the_vfs_of_a_real_machine_are_where_they_are_predicted(vgpu_node: pathl
         function = read_function(host, address)
         if function is None or function.sriov is None or not function.sriov.vfs:
             continue
-        assert predicted_vfs(function, len(function.sriov.vfs)) == function.sriov.vfs
+        assert vf_addresses(function, len(function.sriov.vfs)) == function.sriov.vfs
         found += len(function.sriov.vfs)
     assert found
 
