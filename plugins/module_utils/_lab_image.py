@@ -334,11 +334,12 @@ class ImageSpec:
     def inputs(self) -> dict[str, t.Any]:
         """All inputs of the build, as plain data: two images with the same inputs are interchangeable."""
         distribution = DISTRIBUTIONS[self.distribution]
+        packages = {*distribution.packages, *self.packages}
+        if self.dracut:
+            packages.discard("initramfs-tools")
         return {
             "suite": distribution.suite,
-            "packages": sorted(
-                {*distribution.packages, *self.packages} - ({"initramfs-tools"} if self.dracut else set())
-            ),
+            "packages": sorted(packages),
             "sources": [self.mirror] if self.mirror else list(distribution.sources),
             "check_valid_until": self.check_valid_until,
             "size": self.size,
