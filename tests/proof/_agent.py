@@ -30,13 +30,20 @@ MODULE = "ansible_collections.iommufd.host.plugins.modules.vfio_bind"
 Json = dict[str, t.Any]
 
 
-def functions() -> dict[str, list[str]]:
-    """Driver and override of every PCI function."""
+def functions(only: t.Sequence[str] = ()) -> dict[str, list[str]]:
+    """Driver and override of PCI functions, by address.
+
+    Args:
+        only: the functions to look at; empty: all. Reading the override of one whose driver does not let go would wait
+            for it.
+    """
     found = {}
-    for address, text in host_state.functions().items():
-        words = text.split()
-        override = words[3] if len(words) > 3 and words[3] != "(null)" else ""
-        found[address] = ["" if words[1] == "none" else words[1], override]
+    for address in only or os.listdir("/sys/bus/pci/devices"):
+        path = f"/sys/bus/pci/devices/{address}"
+        if os.path.exists(path):
+            override = host_state.read(f"{path}/driver_override")
+            driver = os.path.basename(os.readlink(f"{path}/driver")) if os.path.islink(f"{path}/driver") else ""
+            found[address] = [driver, "" if override == "(null)" else override]
     return found
 
 
@@ -185,7 +192,9 @@ def light_state() -> dict[str, dict[str, str]]:
         ("address", ["ip", "-o", "-br", "address"]),
         ("route", ["ip", "route"]),
     ):
-        state[name] = dict.fromkeys(host_state.answer(*command).splitlines(), "there")
+        # A virtual function draws a new hardware address whenever its driver takes it.
+        text = re.sub(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", "MAC", host_state.answer(*command))
+        state[name] = dict.fromkeys(text.splitlines(), "there")
     return state
 
 

@@ -115,6 +115,9 @@ class LabHost:
 
     def __exit__(self, *_exception: object) -> None:
         self._hang_up()
+        with contextlib.suppress(OSError):
+            console = (self.directory / self.name / "serial.log").read_bytes()
+            (self.inventory.parent / f"{self.name}-console.log").write_bytes(console)
         self.lab("absent")
 
     # -- power -----------------------------------------------------------------------------------------------------
@@ -171,6 +174,19 @@ class LabHost:
         result["failed"] = match[1] != "SUCCESS" and match[1] != "CHANGED"
         return result
 
+    def aside(self, script: str, timeout: float = 90) -> str:
+        """Run a shell script over a connection of its own, while the agent is busy."""
+        done = subprocess.run(
+            self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
+        check(done.returncode == 0, f"`{script}` ended with status {done.returncode}: {done.stderr}")
+        return done.stdout
+
+    def complaints(self) -> list[str]:
+        """What the kernel complained of on its console, in all boots of this host."""
+        console = (self.directory / self.name / "serial.log").read_text(errors="replace")
+        return [line for line in console.splitlines() if re.search(r"WARNING:|BUG:|Call Trace|Oops|hung_task", line)]
+
     def install_agent(self, module: str = "iommufd.host.vfio_bind") -> None:
         """Put the agent on the host, and beside it the module with its whole payload as Ansible packs and ships it.
 
@@ -183,7 +199,6 @@ class LabHost:
         subprocess.run([*command, options], stdin=subprocess.DEVNULL, capture_output=True, timeout=300, env=environment)
         for source in (HERE / "_agent.py", HOST_STATE):
             self.put(source.read_bytes(), f"/var/tmp/proof/{source.name}")
-        self.put((CHECKOUT / "tests/proof/_faulty.c").read_bytes(), "/var/tmp/proof/module/faulty_vfio_pci.c")
         script = (
             "set -e; cd /root/.ansible/tmp/ansible-tmp-*; python3 AnsiballZ_vfio_bind.py explode >/dev/null; "
             "rm -rf /var/tmp/proof/payload; mv debug_dir /var/tmp/proof/payload; cd /; rm -rf /root/.ansible; sync"
@@ -241,9 +256,9 @@ class LabHost:
         """Call vfio_bind on the host. Options with a leading underscore are the agent's (_kill, _check)."""
         return t.cast(Json, self.ask("call", **_split(options)))
 
-    def functions(self) -> Json:
-        """Driver and override of every PCI function, by address."""
-        return t.cast(Json, self.ask("functions"))
+    def functions(self, only: t.Sequence[str] = ()) -> Json:
+        """Driver and override of every PCI function, or of some, by address."""
+        return t.cast(Json, self.ask("functions", only=list(only)))
 
 
 def _split(options: Json) -> Json:
