@@ -34,7 +34,13 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
-from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, capture, own_header, write_atomic
+from ansible_collections.iommufd.host.plugins.module_utils._files import (
+    OWN_MARK,
+    capture,
+    own_header,
+    temporary_path,
+    write_atomic,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._pci import address_key, is_address
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Command, RemoveFile, Step, WriteFile, run
@@ -678,7 +684,19 @@ def plan_persistence(host: Host, wanted: t.Mapping[str, Entry], claims: Claims) 
     """
     generator = find_generator(host)
     images = find_images(host)
-    return _plan_present(host, wanted, claims, generator, images) if wanted else _plan_absent(host, generator, images)
+    steps = _plan_present(host, wanted, claims, generator, images) if wanted else _plan_absent(host, generator, images)
+    return _leftovers(host, images) + steps
+
+
+def _leftovers(host: Host, images: list[Image]) -> list[Step]:
+    """Removal of what a run left behind that was killed while it wrote one of our files, or an image."""
+    steps: list[Step] = []
+    for path in (HOOK, DRACUT, SCRIPT, RULE, UNIT, CONF, *(image.path for image in images)):
+        left = temporary_path(path)
+        if host.exists(left):
+            what = f"remove {left}, which a killed run left behind"
+            steps.append(RemoveFile(what, left, "unfinished\n", path=host.path(left), prune=[host.path(DIRECTORY)]))
+    return steps
 
 
 def _plan_present(

@@ -68,6 +68,8 @@ def call(options: Json, check: bool = False, kill: Json | None = None, timeout: 
         start_new_session=True,
         text=True,
     )
+    with open("/var/tmp/proof/pid", "w") as file:
+        file.write(str(process.pid))
     killed = False
     if kill is not None:
         try:
