@@ -642,7 +642,7 @@ class Rebuild(Step):
     def apply(self) -> None:
         before = self.host.stat(self.image.path)
         try:
-            run(self.generator.argv(self.image), _REBUILD_SECONDS)
+            run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
         finally:
             after = self.host.stat(self.image.path)
             # Both tools put the finished image in place in one step: without that nothing needs taking back.
@@ -662,7 +662,7 @@ class Rebuild(Step):
             return
         for step in reversed(self.files):
             step.undo()
-        run(self.generator.argv(self.image), _REBUILD_SECONDS)
+        run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------
