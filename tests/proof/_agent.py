@@ -109,7 +109,7 @@ def children() -> list[str]:
     return found
 
 
-def quiet(timeout: float = 60) -> Json:
+def quiet(timeout: float = 180) -> Json:
     """Wait until no process of the module is left."""
     start = time.monotonic()
     while children() and time.monotonic() - start < timeout:
