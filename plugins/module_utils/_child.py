@@ -60,24 +60,30 @@ class Child:
             HostError: it failed.
         """
         process = self._start()
-        os.write(self._requests, json.dumps([dict(request), None if back is None else dict(back)]).encode() + b"\n")
+        try:
+            os.write(self._requests, json.dumps([dict(request), None if back is None else dict(back)]).encode() + b"\n")
+            answer = self._await(process, timeout, stuck)
+        except BaseException:  # a signal, too, ends only our waiting
+            self._leave()
+            raise
+        words = json.loads(answer)
+        if words:
+            raise HostError(words)
+
+    def _await(self, process: int, timeout: float, stuck: t.Callable[[int], str] | None) -> bytes:
         answer = b""
         deadline = time.monotonic() + timeout
         while not answer.endswith(b"\n"):
             ready, _writable, _failed = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 words = stuck(process) if stuck is not None else f"it did not end within {timeout:g} s"
-                self._leave()
                 raise Stuck(words, stuck_process=process)
             chunk = os.read(self._answers, 65536)
             if not chunk:
-                self._leave()
                 _pid, status = os.waitpid(process, 0)
                 raise HostError(f"the process that wrote to sysfs ended with status {status}")
             answer += chunk
-        words = json.loads(answer)
-        if words:
-            raise HostError(words)
+        return answer
 
     def _start(self) -> int:
         if self._process is None:

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._device_lock import held
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
@@ -31,6 +32,10 @@ _IORESOURCE_MEM = 0x200
 _IORESOURCE_PREFETCH = 0x2000
 _IORESOURCE_MEM_64 = 0x100000
 _STANDARD_BARS = 6
+
+# How long a driver may take or leave a device before we go on without knowing what its lock hides. Loading a network
+# card's firmware takes some seconds.
+LOCK_SECONDS = 10.0
 
 
 def is_address(name: str) -> bool:
@@ -125,6 +130,8 @@ class Function:
         reset_methods: names that the kernel would try, in order ("flr", "bus"); None before Linux 5.15.
         bars: {index, kind ("memory" or "io"), size (bytes), prefetchable, wide (64 bits)} of those in use.
         path: its real directory ("/sys/devices/pci0000:00/…"), which shows the bridges above it.
+        locked: a driver has been taking or leaving it for seconds, and holds its lock; override and number of VFs are
+            then unknown.
     """
 
     address: str
@@ -146,6 +153,7 @@ class Function:
     reset_methods: list[str] | None = None
     bars: list[dict[str, t.Any]] | None = None
     path: str | None = None
+    locked: bool = False
 
     @property
     def vfio_device(self) -> str | None:
@@ -218,16 +226,21 @@ def read_function(host: Host, address: str) -> Function | None:
 
 def read_functions(host: Host) -> list[Function]:
     """All functions, in the order of their addresses, each directory read once."""
+    addresses = list_addresses(host)
+    attributes = {address: f"{DEVICES}/{address}/driver_override" for address in addresses}
+    locked = held(list(attributes.values()), LOCK_SECONDS) if host.live else set()
     functions = []
-    for address in list_addresses(host):
-        function = read_function(host, address)
-        if function is not None:
-            functions.append(function)
+    for address in addresses:
+        path = host.realpath(f"{DEVICES}/{address}")
+        if path is not None:
+            functions.append(_read(host, address, path, attributes[address] in locked))
     return functions
 
 
-def _read(host: Host, address: str, path: str) -> Function:
+def _read(host: Host, address: str, path: str, locked: bool = False) -> Function:
     present = set(host.listdir(path))
+    if locked:
+        present -= {"driver_override", "sriov_numvfs"}
 
     def line(name: str) -> str | None:
         return host.read_line(f"{path}/{name}") if name in present else None
@@ -262,6 +275,7 @@ def _read(host: Host, address: str, path: str) -> Function:
         sriov=_read_sriov(host, path, present),
         boot_vga={"0": False, "1": True}.get(line("boot_vga") or ""),
         path=path,
+        locked=locked,
     )
     methods = line("reset_method")
     if "reset_method" in present:
@@ -301,9 +315,9 @@ def _read_sriov(host: Host, path: str, present: set[str]) -> Sriov | None:
     links = [host.link_name(f"{path}/{name}") for name in virtual]
     return Sriov(
         total_vfs=_decimal(host.read_line(f"{path}/sriov_totalvfs")),
-        # The kernel takes the PF's lock to print sriov_numvfs: while somebody waits for a driver to let go of a VF,
-        # reading it would wait as well. The links are there then.
-        num_vfs=len(virtual) or _decimal(host.read_line(f"{path}/sriov_numvfs")),
+        # The links are there, too, while the PF's lock is held and sriov_numvfs cannot be read.
+        num_vfs=len(virtual)
+        or (_decimal(host.read_line(f"{path}/sriov_numvfs")) if "sriov_numvfs" in present else None),
         vfs=[name for name in links if name is not None and is_address(name)],
         offset=_decimal(host.read_line(f"{path}/sriov_offset")),
         stride=_decimal(host.read_line(f"{path}/sriov_stride")),

@@ -34,7 +34,12 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
-from ansible_collections.iommufd.host.plugins.module_utils._files import capture, own_header, write_atomic
+from ansible_collections.iommufd.host.plugins.module_utils._files import (
+    capture,
+    own_header,
+    temporary_path,
+    write_atomic,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names, from_fields, to_fields
 from ansible_collections.iommufd.host.plugins.module_utils._own_files import (
@@ -662,7 +667,7 @@ class Rebuild(Step):
     def apply(self) -> None:
         before = self.host.stat(self.image.path)
         try:
-            run(self.generator.argv(self.image), _REBUILD_SECONDS)
+            run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
         finally:
             after = self.host.stat(self.image.path)
             # Both tools put the finished image in place in one step: without that nothing needs taking back.
@@ -682,7 +687,7 @@ class Rebuild(Step):
             return
         for step in reversed(self.files):
             step.undo()
-        run(self.generator.argv(self.image), _REBUILD_SECONDS)
+        run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------
@@ -704,7 +709,19 @@ def plan_persistence(host: Host, wanted: t.Mapping[str, Entry], claims: Claims) 
     """
     generator = find_generator(host)
     images = find_images(host)
-    return _plan_present(host, wanted, claims, generator, images) if wanted else _plan_absent(host, generator, images)
+    steps = _plan_present(host, wanted, claims, generator, images) if wanted else _plan_absent(host, generator, images)
+    return _leftovers(host, images) + steps
+
+
+def _leftovers(host: Host, images: list[Image]) -> list[Step]:
+    """Removal of what a run left behind that was killed while it wrote one of our files, or an image."""
+    steps: list[Step] = []
+    for path in (HOOK, DRACUT, SCRIPT, RULE, UNIT, CONF, *(image.path for image in images)):
+        left = temporary_path(path)
+        if host.exists(left):
+            what = f"remove {left}, which a killed run left behind"
+            steps.append(RemoveFile(what, left, "unfinished\n", path=host.path(left), prune=[host.path(DIRECTORY)]))
+    return steps
 
 
 def _plan_present(

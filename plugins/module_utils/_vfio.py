@@ -198,6 +198,15 @@ def _stuck(host: Host, address: str, child: int, timeout: float) -> str:
     )
 
 
+def _interrupted(host: Host, address: str) -> Stuck:
+    """What to say of a function whose move was under way when a signal ended the wait: as for one that is stuck, the
+    child puts it back on its own, and waiting for the device's lock would only hold up the others."""
+    return Stuck(
+        f"{driver_of(host, address) or 'the driver'} was letting go of {address} when the run was interrupted; "
+        "the process that waits for it gives the device back"
+    )
+
+
 def last_words(host: Host, address: str) -> str:
     """What the kernel log says last about a function, as a clause to add to a message; empty where it says nothing."""
     log = host.ask(["dmesg"], timeout=10.0)
@@ -274,6 +283,10 @@ class Bind(Step):
         except Stuck as error:
             self._stuck = error
             raise
+        except KeyboardInterrupt:
+            if driver_of(self.host, self.address) != self.driver:
+                self._stuck = _interrupted(self.host, self.address)
+            raise
         bound = driver_of(self.host, self.address)
         if bound != self.driver:
             raise HostError(
@@ -339,6 +352,10 @@ class Release(Step):
             self._mover.hand_over(Handover(self.address, None, release), back, self.timeout)
         except Stuck as error:
             self._stuck = error
+            raise
+        except KeyboardInterrupt:
+            if driver_of(self.host, self.address) in (None, self.from_driver):
+                self._stuck = _interrupted(self.host, self.address)
             raise
         bound = driver_of(self.host, self.address)
         if bound is not None and is_vfio_driver(bound):

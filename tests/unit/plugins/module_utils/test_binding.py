@@ -252,6 +252,14 @@ def test_a_physical_function_is_not_taken_from_its_virtual_ones(server: Machine,
     assert "1 virtual functions" in refused(server, "05:00.0", "05:10.0", force=force)
 
 
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_device_whose_lock_is_held_is_refused(server: Machine, bound: bool) -> None:
+    situation = read_situation(server.host)
+    situation.functions[NIC].locked = True
+    with pytest.raises(Refusal, match=f"lock of {NIC} .*e1000e"):
+        decide(server.host, situation, Request(devices=[NVME, NIC], bound=bound, persistent=False))
+
+
 def test_what_is_kept_is_added_to(server: Machine) -> None:
     old = Entry("0000:0a:00.0", "vfio-pci", "1234:11e8")
     server.file(CONF, render([old]))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import typing as t
 
@@ -13,7 +14,7 @@ import pytest
 from ansible_collections.iommufd.host.plugins.module_utils._child import Stuck
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, wait_until
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, wait_until
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     Bind,
     Handover,
@@ -121,6 +122,29 @@ def test_a_driver_that_does_not_let_go_is_not_waited_for(disk: Machine) -> None:
     with open(path, "rb") as reader:
         assert reader.read() == ADDRESS.encode()
     assert wait_until(lambda: override_of(disk.host, ADDRESS) is None, 5)
+
+
+def test_a_signal_does_not_wait_for_a_driver_that_does_not_let_go(disk: Machine) -> None:
+    path = stuck_driver(disk)
+    undone: list[str] = []
+    first = Action("do the first", take_back=lambda: undone.append("first"))
+    stuck = Bind("bind it", address=ADDRESS, from_driver="nvme", timeout=60, host=disk.host)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Plan([first, stuck]).apply()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 20
+    assert undone == ["first"]
+    assert os.read(os.open(path, os.O_RDONLY), 100).decode() == ADDRESS, "the child still finishes"
+    assert wait_until(lambda: override_of(disk.host, ADDRESS) is None, 10), "and puts it back"
 
 
 def test_stuck_names_the_process(disk: Machine) -> None:
