@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
+import shutil
+import subprocess
 import typing as t
 
 import pytest
@@ -37,6 +40,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._sriov_persistence im
     plan_kept,
     read_kept,
     render,
+    script_content,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._sriov_plan import (
     MakeVfs,
@@ -600,3 +604,98 @@ def test_somebody_elses_file_is_refused(machine: Machine, host: Answering) -> No
     machine.file(CONF, "mine\n")
     with pytest.raises(Refusal, match=re.escape(CONF)):
         decided(host, pf(), persistent=True)
+
+
+class Script:
+    """The script on a synthetic host, where an attribute keeps what is written to it, and commands note how they are
+    called."""
+
+    def __init__(self, machine: Machine, shell: list[str], *kept: KeptPf) -> None:
+        self.machine = machine
+        self.shell = shell
+        machine.file("/proc/cmdline", "quiet\n")
+        machine.file("/dev/kmsg", "")
+        machine.directory("/run")
+        machine.file(CONF, render(kept))
+        text = script_content().decode()
+        text = re.sub(r"(?<=[=<])(?=/(?:sys|proc|etc|run)/)", str(machine.root), text)
+        text = text.replace(">/dev/kmsg", f">>{machine.root}/dev/kmsg")
+        machine.file(SCRIPT, text)
+        for name in ("ip", "devlink", "udevadm", "flock", "modprobe"):
+            machine.file(f"/bin/{name}", f'#!/bin/sh\necho {name} "$@" >>{machine.root}/called\n')
+            machine.at(f"/bin/{name}").chmod(0o755)
+
+    def run(self, *arguments: str) -> tuple[str, str]:
+        """The kernel log, and the commands that were called (without udevadm and flock)."""
+        path = f"{self.machine.at('/bin')}:/usr/bin:/bin"
+        command = [*self.shell, str(self.machine.at(SCRIPT)), *arguments]
+        done = subprocess.run(command, env={"PATH": path}, stderr=subprocess.PIPE, timeout=60, check=True)
+        assert done.stderr == b""
+        called = self.machine.at("/called")
+        lines = called.read_text().splitlines() if called.exists() else []
+        return self.machine.at("/dev/kmsg").read_text(), "\n".join(
+            line for line in lines if not line.startswith(("udevadm", "flock"))
+        )
+
+
+@pytest.fixture(params=[["sh"], ["bash", "--posix"]], ids=lambda shell: shell[0])
+def script(machine: Machine, host: Answering, request: pytest.FixtureRequest) -> Script:
+    if shutil.which(request.param[0]) is None:
+        pytest.skip(f"{request.param[0]} is not installed")
+    return Script(machine, request.param, dataclasses.replace(KEPT, autoprobe=False))
+
+
+def test_the_script_makes_vfs_and_tells_their_settings(machine: Machine, script: Script) -> None:
+    log, called = script.run("boot")
+    assert f"<6>iommufd-host: {PF}: 2 virtual functions\n" == log
+    assert (attribute(machine, "sriov_numvfs"), attribute(machine, "sriov_drivers_autoprobe")) == ("2", "0")
+    assert called.splitlines() == [
+        f"devlink dev param set pci/{PF} name enable_roce value true cmode driverinit",
+        f"devlink dev param set pci/{PF} name flow_steering_mode value smfs cmode runtime",
+        "ip link set dev enp1s0 vf 0 mac 02:00:00:00:00:01 trust on",
+        "ip link set dev enp1s0 vf 1 vlan 5 qos 0",
+    ]
+
+
+def test_the_script_makes_only_what_is_named_and_missing(machine: Machine, script: Script) -> None:
+    assert script.run("add", OTHER) == ("", "")
+    machine.attributes(machine.paths[PF], sriov_numvfs=2)
+    log, called = script.run("add", PF)
+    assert log == ""
+    assert "vf 1 vlan 5" in called, "settings are told again: the driver may have lost them"
+    machine.attributes(machine.paths[PF], sriov_numvfs=4)
+    assert "has 4 virtual functions already, not 2" in script.run("add", PF)[0]
+    assert attribute(machine, "sriov_numvfs") == "4"
+
+
+def test_the_script_leaves_another_kind_of_device_alone(machine: Machine, script: Script) -> None:
+    machine.attributes(machine.paths[PF], device="0x1521")
+    assert "is 8086:1521, not 8086:10c9" in script.run("boot")[0]
+    assert attribute(machine, "sriov_numvfs") == "0"
+
+
+def test_the_script_needs_a_driver_of_the_host(machine: Machine, script: Script) -> None:
+    machine.directory(f"{machine.paths[PF]}/vfio-dev")
+    assert "no driver that makes virtual functions" in script.run("add", PF)[0]
+
+
+def test_the_kernel_argument_turns_the_script_off(machine: Machine, script: Script) -> None:
+    machine.file("/proc/cmdline", "quiet iommufd_host=off\n")
+    log, called = script.run("boot")
+    assert ("iommufd_host=off: no virtual functions" in log, called) == (True, "")
+
+
+def test_what_fails_is_in_the_kernel_log(machine: Machine, script: Script) -> None:
+    machine.file("/bin/ip", "#!/bin/sh\necho RTNETLINK answers: no >&2\nexit 2\n")
+    log, _called = script.run("boot")
+    assert f"<3>iommufd-host: {PF}: ip link set dev enp1s0 vf 1 vlan 5 qos 0: RTNETLINK answers: no" in log
+
+
+def test_drivers_of_the_host_get_vfs_that_are_not_for_guests(machine: Machine, host: Answering) -> None:
+    with_vfs(machine, host, 2)
+    machine.attributes(machine.paths[PF], sriov_numvfs=0)  # the links are there at once
+    machine.file(DEVICES_CONF, render_devices([Entry(VFS[0], "vfio-pci", "8086:10ca")]))
+    _log, called = Script(machine, ["sh"], KEPT).run("boot")
+    assert attribute(machine, "sriov_drivers_autoprobe") == "1"
+    assert machine.at("/sys/bus/pci/drivers_probe").read_text() == f"{VFS[1]}\n"
+    assert called.splitlines()[-1].startswith("modprobe -qb pci:v00008086d000010CA")
