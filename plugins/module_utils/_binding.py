@@ -14,7 +14,7 @@ import dataclasses
 import re
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     Group,
@@ -39,10 +39,13 @@ from ansible_collections.iommufd.host.plugins.module_utils._memory import (
 )
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names, read_names
 from ansible_collections.iommufd.host.plugins.module_utils._pci import (
+    DEVICES,
+    LOCK_SECONDS,
     Function,
     address_key,
     read_function,
     read_functions,
+    vf_addresses,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     Entry,
@@ -51,13 +54,22 @@ from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     read_entries,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step
-from ansible_collections.iommufd.host.plugins.module_utils._selectors import choose, parse_selectors, view
+from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals
+from ansible_collections.iommufd.host.plugins.module_utils._selectors import Selector, choose, parse_selectors, view
+from ansible_collections.iommufd.host.plugins.module_utils._udev import (
+    Promise,
+    cdev_link,
+    check_promise,
+    read_promise,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._usage import Use, all_uses
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     NO_CDEV,
     Bind,
     LoadDriver,
+    Mover,
     Release,
+    cdev_of,
     cdev_ready,
     cdev_supported,
 )
@@ -218,6 +230,7 @@ def select(situation: Situation, request: Request) -> Selection:
     entries = {**situation.memory, **situation.kept}
     if not request.bound:
         views += [view_of_gone(one) for address, one in entries.items() if address not in situation.functions]
+    selectors, absent = _without_absent_vfs(situation, request, selectors, entries)
     choice = choose(selectors, views, pending=request.pending, lenient=not request.bound)
     moves: list[Move] = []
     gone: list[str] = []
@@ -229,7 +242,21 @@ def select(situation: Situation, request: Request) -> Selection:
             moves.append(Move(function, one.reason, named=one.addressed))
     moves.sort(key=lambda move: address_key(move.address))
     by_name = any(selector.by_name for selector in selectors)
-    return Selection(moves, gone, choice.excluded, by_name, choice.missing)
+    return Selection(moves, gone, choice.excluded, by_name, [*choice.missing, *absent])
+
+
+def _without_absent_vfs(
+    situation: Situation, request: Request, selectors: t.Sequence[Selector], entries: t.Collection[str]
+) -> tuple[list[Selector], list[str]]:
+    """The selectors without those that write out the address of a VF that is about to be made, or that has been removed
+    before it could be given back; and a sentence about each that is about to be made."""
+    if request.bound and not request.pending:
+        return list(selectors), []
+    possible = {address for function in situation.functions.values() for address in vf_addresses(function)}
+    absent = possible.difference(situation.functions, entries)
+    left_out = [selector for selector in selectors if selector.address in absent]
+    words = [f"{one.option}: the VF {one.address} is not there yet and is left out." for one in left_out]
+    return [selector for selector in selectors if selector not in left_out], words if request.bound else []
 
 
 def _on_vfio(function: Function) -> bool:
@@ -282,24 +309,19 @@ def driver_for(situation: Situation, function: Function, driver: str) -> str:
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Refusals:
-    """What speaks against a call, collected so that all of it is said at once."""
-
-    found: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
-
-    def add(self, reason: str, address: str | None = None, uses: t.Sequence[Use] = ()) -> None:
-        if all(one["reason"] != reason for one in self.found):
-            self.found.append({"address": address, "reason": reason, "uses": [use.to_dict() for use in uses]})
-
-    def speak(self, hint: str) -> None:
-        if not self.found:
-            return
-        reasons = " ".join(one["reason"][0].upper() + one["reason"][1:] + "." for one in self.found)
-        raise Refusal(f"Refused, and nothing has been changed. {reasons}{hint}", refusals=self.found)
+def _refuse_locked(refusals: Refusals, move: Move) -> bool:
+    """Add that a function cannot be moved by anybody now; returns whether that is so."""
+    function = move.function
+    if function.locked:
+        refusals.add(
+            f"the kernel has been holding the lock of {move.address} for more than {LOCK_SECONDS:g} s: a driver is "
+            f"taking or leaving it and does not come to an end (it has {function.driver or 'no driver'} now)",
+            move.address,
+        )
+    return function.locked
 
 
-def _refuse_uses(refusals: _Refusals, situation: Situation, move: Move, force: bool) -> bool:
+def _refuse_uses(refusals: Refusals, situation: Situation, move: Move, force: bool) -> bool:
     """Add what uses a function; returns whether force (with the address written out) would help."""
     found = situation.uses.get(move.address, [])
     forced = force and move.named
@@ -314,7 +336,7 @@ def _refuse_uses(refusals: _Refusals, situation: Situation, move: Move, force: b
     return not vital
 
 
-def _refuse_virtual(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
+def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
     """A physical function's driver takes its VFs along when it goes."""
     sriov = move.function.sriov
     if sriov is None or not sriov.num_vfs:
@@ -334,7 +356,7 @@ def _refuse_virtual(refusals: _Refusals, situation: Situation, move: Move, chose
         )
 
 
-def _refuse_group(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
+def _refuse_group(refusals: Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
     number = move.function.iommu_group
     if number is None:
         refusals.add(f"{move.address} has no IOMMU group: {IOMMU_OFF}", move.address)
@@ -353,7 +375,7 @@ def _refuse_group(refusals: _Refusals, situation: Situation, move: Move, chosen:
         )
 
 
-def _refuse_driver(refusals: _Refusals, situation: Situation, driver: str, require_cdev: bool) -> None:
+def _refuse_driver(refusals: Refusals, situation: Situation, driver: str, require_cdev: bool) -> None:
     module: Module = situation.index.state(driver)
     if not module.usable:
         refusals.add(
@@ -417,7 +439,7 @@ def decide(host: Host, situation: Situation, request: Request) -> Binding:
 
 
 def _decide_bound(situation: Situation, request: Request, moves: list[Move], warnings: list[str]) -> None:
-    refusals = _Refusals()
+    refusals = Refusals()
     chosen = {move.address for move in moves}
     helps = False
     for move in moves:
@@ -426,6 +448,8 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
             refusals.add(
                 f"{move.address} is a PCI bridge; it stays with the host. Name the devices behind it", move.address
             )
+            continue
+        if _refuse_locked(refusals, move):
             continue
         move.to = driver_for(situation, function, request.driver)
         ready = not request.require_cdev or function.vfio_name is not None
@@ -447,10 +471,12 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
 
 
 def _decide_unbound(host: Host, situation: Situation, request: Request, moves: list[Move]) -> None:
-    refusals = _Refusals()
+    refusals = Refusals()
     chosen = {move.address for move in moves}
     for move in moves:
         function = move.function
+        if _refuse_locked(refusals, move):
+            continue
         claims = _Claims(host, situation)
         on_vfio = function.driver is not None and is_vfio_driver(function.driver)
         override = function.driver_override
@@ -458,7 +484,7 @@ def _decide_unbound(host: Host, situation: Situation, request: Request, moves: l
         ours = override is not None and is_vfio_driver(override)
         unfinished = function.driver is None and move.address in situation.kept
         move.needed = on_vfio or ours or unfinished
-        move.expected = tuple(claims.modules(situation.index, function))
+        move.expected = tuple(claims.modules(situation.index, function)) if _probed(host, function) else ()
         if not on_vfio:
             continue
         _refuse_uses(refusals, situation, move, request.force)
@@ -476,6 +502,12 @@ def _decide_unbound(host: Host, situation: Situation, request: Request, moves: l
     refusals.speak("")
 
 
+def _probed(host: Host, function: Function) -> bool:
+    """Whether the kernel looks for a driver of the host at all: not for VFs of a PF whose autoprobe is off."""
+    physfn = function.sriov.physfn if function.sriov else None
+    return physfn is None or host.read_line(f"{DEVICES}/{physfn}/sriov_drivers_autoprobe") != "0"
+
+
 def _entry(function: Function, driver: str, names: Names) -> Entry:
     identity = identity_of(function)
     if identity is None:
@@ -485,6 +517,7 @@ def _entry(function: Function, driver: str, names: Names) -> Entry:
 
 def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[Step]:
     steps: list[Step] = []
+    mover = Mover(host)
     needed = [move for move in moves if move.needed]
     if request.bound:
         for driver in sorted({move.to for move in needed if move.to is not None}):
@@ -519,6 +552,7 @@ def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[S
                     require_cdev=request.require_cdev,
                     timeout=request.timeout,
                     host=host,
+                    mover=mover,
                 )
             )
         else:
@@ -536,6 +570,7 @@ def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[S
                     expected=move.expected,
                     timeout=request.timeout,
                     host=host,
+                    mover=mover,
                 )
             )
     return steps
@@ -599,6 +634,7 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
         HostError: one does not; ``details`` has ``unkept``.
     """
     unkept = []
+    promise: Promise | None = None
     for move in binding.moves:
         function = read_function(host, move.address)
         if function is None:
@@ -613,8 +649,15 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
                 )
         elif function.driver != move.to:
             unkept.append(f"{move.address} is bound to {function.driver or 'no driver'}, not to {move.to}")
-        elif request.require_cdev and not cdev_ready(host, move.address):
-            unkept.append(f"{move.address} is bound to {move.to}, but has no usable character device")
+        elif request.require_cdev:
+            node = cdev_of(host, move.address)
+            if node is None or not cdev_ready(host, move.address):
+                unkept.append(f"{move.address} is bound to {move.to}, but has no usable character device")
+                continue
+            promise = promise or read_promise(host)
+            wrong = check_promise(host, promise, move.address, node)
+            if wrong is not None:
+                unkept.append(f"{move.address} is bound to {move.to}, but {wrong}")
     if read_entries(host) != binding.kept:
         unkept.append("the list of devices kept across reboots is not as it was written")
     if unkept:
@@ -639,6 +682,9 @@ def describe(host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], plan
         if planned and move.needed:
             expected = move.expected[0] if move.expected else None
             device.update(driver=move.to or expected, driver_override=move.to, vfio_device=None)
+        # Only a name that leads to this very device will do on a command line.
+        link = cdev_link(move.address)
+        device["vfio_link"] = link if device["vfio_device"] and host.realpath(link) == device["vfio_device"] else None
         device["from_driver"] = move.function.driver
         device["to_driver"] = device["driver"]
         device["reason"] = move.reason

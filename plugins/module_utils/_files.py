@@ -54,19 +54,25 @@ def capture(path: str) -> FileState | None:
     return FileState(content, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, label)
 
 
+def temporary_path(target: str) -> str:
+    """Where a file is written before it takes its place; what is found there is what a killed run left behind."""
+    directory, name = os.path.split(target)
+    return os.path.join(directory, f".{name}.iommufd-host.tmp")
+
+
 def write_atomic(path: str, state: FileState) -> None:
     """Replace a file in one step: a reader, or a power cut, sees the old or the new content, never a part.
 
     A link is followed, so that the file it names is replaced and the link stays. The temporary file lies beside the
     target under a fixed name that ends in ``.tmp`` (ignored by udev, modprobe, systemd and grub alike); a killed run
-    leaves at most that one file, and the next run writes over it.
+    leaves at most that one file, and the next run writes over it or removes it.
 
     Raises:
         OSError: the directory is missing, read-only or full; the target is then untouched.
     """
     target = os.path.realpath(path)
     directory = os.path.dirname(target)
-    temporary = os.path.join(directory, f".{os.path.basename(target)}.iommufd-host.tmp")
+    temporary = temporary_path(target)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -218,6 +218,16 @@ for module in ext4 virtio_pci virtio_blk virtio_net virtio_iommu nvme ahci sd_mo
 done
 """
 
+# dracut's own answer to the same. Not made for one host: the image is built where there is no such machine.
+_DRACUT = """\
+# The initramfs is rebuilt, unpacked and searched on an emulated processor: only what a lab host can have.
+hostonly="no"
+compress="zstd -1"
+drivers+=" ext4 virtio_pci virtio_blk virtio_net virtio_iommu nvme ahci sd_mod xhci_pci e1000 e1000e igb igbvf "
+filesystems+=" ext4 "
+early_microcode="no"
+"""
+
 _JOURNAL = """\
 [Journal]
 Storage=volatile
@@ -268,8 +278,6 @@ _FILES: dict[str, tuple[int, str]] = {
     "etc/default/grub.d/00-lab.cfg": (0o644, _GRUB),
     "etc/dpkg/dpkg.cfg.d/lab": (0o644, _DPKG),
     "etc/fstab": (0o644, _FSTAB),
-    "etc/initramfs-tools/conf.d/lab": (0o644, _INITRAMFS),
-    "etc/initramfs-tools/hooks/lab": (0o755, _INITRAMFS_HOOK),
     "etc/ssh/sshd_config.d/lab.conf": (0o644, _SSHD),
     "etc/systemd/journald.conf.d/lab.conf": (0o644, _JOURNAL),
     "etc/systemd/network/10-lab.network": (0o644, _NETWORK),
@@ -277,6 +285,12 @@ _FILES: dict[str, tuple[int, str]] = {
     "usr/local/libexec/lab-identity": (0o755, _IDENTITY_SCRIPT),
     "lab-boot-loader": (0o755, _GRUB_SCRIPT),
 }
+
+_INITRAMFS_TOOLS_FILES: dict[str, tuple[int, str]] = {
+    "etc/initramfs-tools/conf.d/lab": (0o644, _INITRAMFS),
+    "etc/initramfs-tools/hooks/lab": (0o755, _INITRAMFS_HOOK),
+}
+_DRACUT_FILES: dict[str, tuple[int, str]] = {"etc/dracut.conf.d/50-lab.conf": (0o644, _DRACUT)}
 
 # Runs with the root filesystem as $1 when all packages are in.
 _CONFIGURE = """\
@@ -320,15 +334,27 @@ class ImageSpec:
     def inputs(self) -> dict[str, t.Any]:
         """All inputs of the build, as plain data: two images with the same inputs are interchangeable."""
         distribution = DISTRIBUTIONS[self.distribution]
+        packages = {*distribution.packages, *self.packages}
+        if self.dracut:
+            packages.discard("initramfs-tools")
         return {
             "suite": distribution.suite,
-            "packages": sorted({*distribution.packages, *self.packages}),
+            "packages": sorted(packages),
             "sources": [self.mirror] if self.mirror else list(distribution.sources),
             "check_valid_until": self.check_valid_until,
             "size": self.size,
-            "files": {path: [oct(mode), text] for path, (mode, text) in sorted(_FILES.items())},
+            "files": {path: [oct(mode), text] for path, (mode, text) in sorted(self.files().items())},
             "configure": self.configure(),
         }
+
+    @property
+    def dracut(self) -> bool:
+        """Whether dracut makes the initramfs: in Debian it and initramfs-tools exclude each other."""
+        return "dracut" in self.packages
+
+    def files(self) -> dict[str, tuple[int, str]]:
+        """The files that are in place before the packages come: mode and text by path."""
+        return {**_FILES, **(_DRACUT_FILES if self.dracut else _INITRAMFS_TOOLS_FILES)}
 
     def configure(self) -> str:
         """The script that puts the finishing touches to the root filesystem."""
@@ -469,7 +495,7 @@ def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
     raw = work / "disk.raw"
     started = time.monotonic()
 
-    _write_files(work / "files.tar")
+    _write_files(spec, work / "files.tar")
     (work / "configure").write_text(spec.configure(), encoding="ascii")
     inputs = spec.inputs()
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(inputs['packages'])}"]
@@ -503,9 +529,9 @@ def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
     (work / "image.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_files(path: Path) -> None:
+def _write_files(spec: ImageSpec, path: Path) -> None:
     with tarfile.open(path, "w") as archive:
-        for name, (mode, text) in sorted(_FILES.items()):
+        for name, (mode, text) in sorted(spec.files().items()):
             data = text.encode()
             entry = tarfile.TarInfo(name)
             entry.size = len(data)

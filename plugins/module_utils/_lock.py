@@ -12,7 +12,7 @@ import os
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
-from ansible_collections.iommufd.host.plugins.module_utils._plan import wait_until
+from ansible_collections.iommufd.host.plugins.module_utils._plan import LOCKS, wait_until
 
 # /run is a tmpfs: the file is gone with the next boot, and the kernel drops the lock with the process.
 LOCK_PATH = "/run/iommufd-host.lock"
@@ -47,6 +47,10 @@ def host_lock(timeout: float = 600.0, path: str = LOCK_PATH) -> t.Iterator[None]
             )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
+        LOCKS.append(descriptor)
+        try:
+            yield
+        finally:
+            LOCKS.remove(descriptor)
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._device_lock import held
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
@@ -31,6 +32,10 @@ _IORESOURCE_MEM = 0x200
 _IORESOURCE_PREFETCH = 0x2000
 _IORESOURCE_MEM_64 = 0x100000
 _STANDARD_BARS = 6
+
+# How long a driver may take or leave a device before we go on without knowing what its lock hides. Loading a network
+# card's firmware takes some seconds.
+LOCK_SECONDS = 10.0
 
 
 def is_address(name: str) -> bool:
@@ -64,6 +69,23 @@ def address_key(address: str) -> tuple[int, int, int, int]:
     return (int(domain or "0", 16), int(bus, 16), int(slot, 16), int(function, 16))
 
 
+def vf_address(physfn: str, offset: int, stride: int, index: int) -> str | None:
+    """The address that a PF's VF has, or will have; None where there is no such bus.
+
+    PCI Express, 9.2.1.2: routing IDs (bus and devfn as one number) are counted from the PF's own.
+
+    Args:
+        physfn: the PF's address.
+        offset, stride: First VF Offset and VF Stride, as sysfs has them (``sriov_offset``, ``sriov_stride``).
+        index: number of the VF, from 0.
+    """
+    domain, bus, slot, function = address_key(physfn)
+    routing = (bus << 8 | slot << 3 | function) + offset + stride * index
+    if routing > 0xFFFF:
+        return None
+    return f"{domain:04x}:{routing >> 8:02x}:{routing >> 3 & 0x1F:02x}.{routing & 7}"
+
+
 @dataclasses.dataclass
 class Sriov:
     """SR-IOV of a function.
@@ -73,12 +95,15 @@ class Sriov:
         num_vfs: how many it has now; None for a VF.
         physfn: address of a VF's physical function; None for a PF.
         vfs: addresses of a PF's VFs, in their order.
+        offset, stride: where a PF's VFs are, see :func:`vf_address`; None for a VF.
     """
 
     total_vfs: int | None = None
     num_vfs: int | None = None
     physfn: str | None = None
     vfs: list[str] = dataclasses.field(default_factory=list)
+    offset: int | None = None
+    stride: int | None = None
 
     def to_dict(self) -> dict[str, t.Any]:
         return {"total_vfs": self.total_vfs, "num_vfs": self.num_vfs, "physfn": self.physfn, "vfs": self.vfs}
@@ -105,6 +130,8 @@ class Function:
         reset_methods: names that the kernel would try, in order ("flr", "bus"); None before Linux 5.15.
         bars: {index, kind ("memory" or "io"), size (bytes), prefetchable, wide (64 bits)} of those in use.
         path: its real directory ("/sys/devices/pci0000:00/…"), which shows the bridges above it.
+        locked: a driver has been taking or leaving it for seconds, and holds its lock; override and number of VFs are
+            then unknown.
     """
 
     address: str
@@ -126,6 +153,7 @@ class Function:
     reset_methods: list[str] | None = None
     bars: list[dict[str, t.Any]] | None = None
     path: str | None = None
+    locked: bool = False
 
     @property
     def vfio_device(self) -> str | None:
@@ -165,6 +193,21 @@ class Function:
         }
 
 
+def vf_addresses(function: Function, count: int | None = None) -> list[str]:
+    """Addresses that a PF's VFs have or will have, in their order; empty where it does not tell, or is no PF.
+
+    Args:
+        function: the PF.
+        count: how many VFs; None: as many as it can have.
+    """
+    sriov = function.sriov
+    if sriov is None or sriov.offset is None or sriov.stride is None or not sriov.offset:
+        return []
+    count = (sriov.total_vfs or 0) if count is None else count
+    found = [vf_address(function.address, sriov.offset, sriov.stride, index) for index in range(count)]
+    return [address for address in found if address is not None]
+
+
 def list_addresses(host: Host) -> list[str]:
     """The addresses of all functions, in order."""
     return sorted(filter(is_address, host.listdir(DEVICES)), key=address_key)
@@ -183,16 +226,21 @@ def read_function(host: Host, address: str) -> Function | None:
 
 def read_functions(host: Host) -> list[Function]:
     """All functions, in the order of their addresses, each directory read once."""
+    addresses = list_addresses(host)
+    attributes = {address: f"{DEVICES}/{address}/driver_override" for address in addresses}
+    locked = held(list(attributes.values()), LOCK_SECONDS) if host.live else set()
     functions = []
-    for address in list_addresses(host):
-        function = read_function(host, address)
-        if function is not None:
-            functions.append(function)
+    for address in addresses:
+        path = host.realpath(f"{DEVICES}/{address}")
+        if path is not None:
+            functions.append(_read(host, address, path, attributes[address] in locked))
     return functions
 
 
-def _read(host: Host, address: str, path: str) -> Function:
+def _read(host: Host, address: str, path: str, locked: bool = False) -> Function:
     present = set(host.listdir(path))
+    if locked:
+        present -= {"driver_override", "sriov_numvfs"}
 
     def line(name: str) -> str | None:
         return host.read_line(f"{path}/{name}") if name in present else None
@@ -227,6 +275,7 @@ def _read(host: Host, address: str, path: str) -> Function:
         sriov=_read_sriov(host, path, present),
         boot_vga={"0": False, "1": True}.get(line("boot_vga") or ""),
         path=path,
+        locked=locked,
     )
     methods = line("reset_method")
     if "reset_method" in present:
@@ -266,8 +315,12 @@ def _read_sriov(host: Host, path: str, present: set[str]) -> Sriov | None:
     links = [host.link_name(f"{path}/{name}") for name in virtual]
     return Sriov(
         total_vfs=_decimal(host.read_line(f"{path}/sriov_totalvfs")),
-        num_vfs=_decimal(host.read_line(f"{path}/sriov_numvfs")),
+        # The links are there, too, while the PF's lock is held and sriov_numvfs cannot be read.
+        num_vfs=len(virtual)
+        or (_decimal(host.read_line(f"{path}/sriov_numvfs")) if "sriov_numvfs" in present else None),
         vfs=[name for name in links if name is not None and is_address(name)],
+        offset=_decimal(host.read_line(f"{path}/sriov_offset")),
+        stride=_decimal(host.read_line(f"{path}/sriov_stride")),
     )
 
 

@@ -33,14 +33,28 @@ import subprocess
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
-from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, capture, own_header, write_atomic
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._files import (
+    capture,
+    own_header,
+    temporary_path,
+    write_atomic,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names, from_fields, to_fields
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import (
+    OWN_DIRECTORY,
+    disable_unit,
+    enable_unit,
+    forget_unit,
+    refuse_without_systemd,
+    remove_own,
+    write_own,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, address_key, is_address
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Command, RemoveFile, Step, WriteFile, run
+from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, Step, run
 
-DIRECTORY = "/etc/iommufd-host"
+DIRECTORY = OWN_DIRECTORY
 CONF = f"{DIRECTORY}/devices.conf"
 SCRIPT = f"{DIRECTORY}/devices.sh"
 UNIT_NAME = "iommufd-host-devices.service"
@@ -653,7 +667,7 @@ class Rebuild(Step):
     def apply(self) -> None:
         before = self.host.stat(self.image.path)
         try:
-            run(self.generator.argv(self.image), _REBUILD_SECONDS)
+            run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
         finally:
             after = self.host.stat(self.image.path)
             # Both tools put the finished image in place in one step: without that nothing needs taking back.
@@ -673,7 +687,7 @@ class Rebuild(Step):
             return
         for step in reversed(self.files):
             step.undo()
-        run(self.generator.argv(self.image), _REBUILD_SECONDS)
+        run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------
@@ -695,37 +709,37 @@ def plan_persistence(host: Host, wanted: t.Mapping[str, Entry], claims: Claims) 
     """
     generator = find_generator(host)
     images = find_images(host)
-    return _plan_present(host, wanted, claims, generator, images) if wanted else _plan_absent(host, generator, images)
+    steps = _plan_present(host, wanted, claims, generator, images) if wanted else _plan_absent(host, generator, images)
+    return _leftovers(host, images) + steps
+
+
+def _leftovers(host: Host, images: list[Image]) -> list[Step]:
+    """Removal of what a run left behind that was killed while it wrote one of our files, or an image."""
+    steps: list[Step] = []
+    for path in (HOOK, DRACUT, SCRIPT, RULE, UNIT, CONF, *(image.path for image in images)):
+        left = temporary_path(path)
+        if host.exists(left):
+            what = f"remove {left}, which a killed run left behind"
+            steps.append(RemoveFile(what, left, "unfinished\n", path=host.path(left), prune=[host.path(DIRECTORY)]))
+    return steps
 
 
 def _plan_present(
     host: Host, wanted: t.Mapping[str, Entry], claims: Claims, generator: Generator | None, images: list[Image]
 ) -> list[Step]:
-    if not (host.is_dir("/usr/lib/systemd/system") or host.is_dir("/lib/systemd/system")):
-        raise HostError(
-            "Keeping devices across reboots needs systemd, which this host does not have (persistent=false)"
-        )
+    refuse_without_systemd(host)
     conf = render(wanted.values())
     files: list[Step] = []
     marked = generator is not None and host.exists(generator.marker)
     if generator is not None:
         for path, content, mode in reversed(generator.files):
-            files += _write(host, path, content, mode)
-    files += _write(host, SCRIPT, script_content(), 0o755)
-    files += _write(host, RULE, _RULE.encode(), 0o644)
-    files += _write(host, UNIT, _UNIT.encode(), 0o644)
+            files += write_own(host, path, content, mode)
+    files += write_own(host, SCRIPT, script_content(), 0o755)
+    files += write_own(host, RULE, _RULE.encode(), 0o644)
+    files += write_own(host, UNIT, _UNIT.encode(), 0o644)
     if host.readlink(UNIT_LINK) is None:
-        files.append(
-            Command(
-                f"enable {UNIT_NAME}",
-                UNIT_NAME,
-                "disabled",
-                "enabled",
-                argv=["systemctl", "enable", UNIT_NAME],
-                undo_argv=["systemctl", "disable", UNIT_NAME],
-            )
-        )
-    files += _write(host, CONF, conf, 0o644)
+        files.append(enable_unit(UNIT_NAME))
+    files += write_own(host, CONF, conf, 0o644)
     stale = []
     for image in images:
         needed = functools.partial(claims, image.release)
@@ -743,34 +757,25 @@ def _plan_present(
 def _plan_absent(host: Host, generator: Generator | None, images: list[Image]) -> list[Step]:
     files: list[Step] = []
     if host.readlink(UNIT_LINK) is not None:
-        files.append(
-            Command(
-                f"disable {UNIT_NAME}",
-                UNIT_NAME,
-                "enabled",
-                "disabled",
-                argv=["systemctl", "disable", UNIT_NAME],
-                undo_argv=["systemctl", "enable", UNIT_NAME],
-            )
-        )
-    files += _remove(host, CONF) + _remove(host, RULE) + _remove(host, UNIT) + _remove(host, SCRIPT)
+        files.append(disable_unit(UNIT_NAME))
+    files += remove_own(host, CONF) + remove_own(host, RULE) + remove_own(host, UNIT) + remove_own(host, SCRIPT)
     steps = files
     for candidate in (INITRAMFS_TOOLS, DRACUT_TOOL):
         if not host.exists(candidate.marker):
             continue
         for path, _content, _mode in candidate.files[:-1]:
-            files += _remove(host, path)
+            files += remove_own(host, path)
         stale = [
             image for image in images if candidate is generator and is_stale(host, image, {}, lambda address: False)
         ]
-        marker = _remove(host, candidate.marker)
+        marker = remove_own(host, candidate.marker)
         steps = [*files, *_image_steps(host, generator, stale, [*files, *marker], b""), *marker]
     if (
         files
         and host.exists("/run/systemd/system")
         and any(isinstance(s, RemoveFile) and s.path == UNIT for s in files)
     ):
-        steps = [*steps, Command("make systemd forget the removed unit", argv=["systemctl", "daemon-reload"])]
+        steps = [*steps, forget_unit()]
     return steps
 
 
@@ -795,39 +800,3 @@ def _image_steps(
                 )
             )
     return steps
-
-
-def _ours(host: Host, path: str) -> bytes | None:
-    content = host.read_bytes(path)
-    if content is None and host.stat(path, follow=False) is not None:
-        raise Refusal(f"{path} exists and is not a file that can be read; it is in the way of one of ours")
-    if content is not None and OWN_MARK.encode() not in content[:400]:
-        raise Refusal(f"{path} exists and is not ours (it lacks the line '{OWN_MARK}'). Move it away and run again")
-    return content
-
-
-def _write(host: Host, path: str, content: bytes, mode: int) -> list[Step]:
-    before = _ours(host, path)
-    status = host.stat(path)
-    if before == content and status is not None and status.st_mode & 0o7777 == mode:
-        return []
-    return [
-        WriteFile(
-            f"write {path}",
-            path,
-            (before or b"").decode("utf-8", "replace"),
-            content.decode(),
-            path=host.path(path),
-            content=content,
-            mode=mode,
-            enforce_mode=True,
-        )
-    ]
-
-
-def _remove(host: Host, path: str) -> list[Step]:
-    before = host.read_bytes(path)
-    if before is None or OWN_MARK.encode() not in before[:400]:
-        return []
-    text = before.decode("utf-8", "replace")
-    return [RemoveFile(f"remove {path}", path, text, "", path=host.path(path), prune=[host.path(DIRECTORY)])]

@@ -23,6 +23,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._files import FileSta
 # A step's own words for "nothing there" in a diff.
 ABSENT = ""
 
+# Descriptors of the locks that this process holds (see _lock.py).
+LOCKS: list[int] = []
+
 
 @dataclasses.dataclass
 class Step:
@@ -295,13 +298,15 @@ def _make_parents(path: str) -> list[str]:
     return made
 
 
-def run(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "") -> str:
+def run(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "", keep_locks: bool = False) -> str:
     """Run a command and return its standard output.
 
     Args:
         argv: command and arguments.
         timeout: seconds; it is killed then.
         stdin: text given to it.
+        keep_locks: whether it holds our locks as well. When we are killed it goes on by itself, and the next run must
+            not start before it has ended; not for a command that may leave a daemon behind.
 
     Raises:
         HostError: it is missing, was killed or ended with a status other than 0; quotes its last lines.
@@ -316,6 +321,7 @@ def run(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "") -> str:
             timeout=timeout,
             env=environment,
             check=False,
+            pass_fds=LOCKS if keep_locks else (),
         )
     except FileNotFoundError as error:
         raise HostError(f"{argv[0]} is not installed") from error

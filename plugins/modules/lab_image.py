@@ -30,7 +30,9 @@ options:
     choices: [trixie, bookworm, forky]
     default: trixie
   packages:
-    description: Packages to install beyond those that every lab host has.
+    description:
+      - Packages to install beyond those that every lab host has.
+      - With V(dracut) it makes the initramfs, and initramfs-tools is left out.
     type: list
     elements: str
     default: []

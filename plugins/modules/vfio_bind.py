@@ -278,6 +278,7 @@ devices:
       iommu_group: 13
       numa_node: null
       vfio_device: /dev/vfio/devices/vfio1
+      vfio_link: /dev/vfio/by-path/pci-0000:01:00.0
       in_use: []
       remembered:
         driver: nvme
@@ -314,6 +315,12 @@ devices:
     vfio_device:
       description: Its character device. The number can be another one after the next boot.
       type: str
+    vfio_link:
+      description:
+        - The stable name of its character device, ready for a command line.
+        - Null where M(iommufd.host.udev_access) has not set up such names.
+      type: str
+      version_added: 0.2.0
     in_use:
       description: What uses it, each with C(kind), C(name) and C(detail).
       type: list
@@ -367,6 +374,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._binding import (
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses
+from ansible_collections.iommufd.host.plugins.module_utils._vfio import settle
 
 
 def work(module: AnsibleModule) -> Outcome:
@@ -374,6 +382,7 @@ def work(module: AnsibleModule) -> Outcome:
     if options["timeout"] < 1:
         raise OptionError("timeout", options["timeout"], "a number of seconds from 1")
     host = Host()
+    settle(host)
     request = Request(
         devices=options["devices"],
         bound=options["state"] == "bound",
@@ -391,8 +400,7 @@ def work(module: AnsibleModule) -> Outcome:
     def after() -> dict[str, t.Any]:
         uses = situation.uses
         if binding.plan.changed:
-            # Names and permissions of new nodes are udev's work; the next task may rely on them.
-            host.ask(["udevadm", "settle", "--timeout=10"], timeout=15.0)
+            settle(host)  # names and permissions of new nodes are udev's work; the next task may rely on them
             uses = all_uses(host)
         verify(host, request, binding)
         return {"devices": describe(host, binding, uses, planned=False)}

@@ -10,12 +10,21 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils._binding import Binding, Request, decide, read_situation
-from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils import _binding
+from ansible_collections.iommufd.host.plugins.module_utils._binding import (
+    Binding,
+    Request,
+    decide,
+    describe,
+    read_situation,
+    verify,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._memory import MEMORY
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import CONF, Entry, render
 from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._udev import Access, rules_text
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import Bind, LoadDriver, Release
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
@@ -243,6 +252,14 @@ def test_a_physical_function_is_not_taken_from_its_virtual_ones(server: Machine,
     assert "1 virtual functions" in refused(server, "05:00.0", "05:10.0", force=force)
 
 
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_device_whose_lock_is_held_is_refused(server: Machine, bound: bool) -> None:
+    situation = read_situation(server.host)
+    situation.functions[NIC].locked = True
+    with pytest.raises(Refusal, match=f"lock of {NIC} .*e1000e"):
+        decide(server.host, situation, Request(devices=[NVME, NIC], bound=bound, persistent=False))
+
+
 def test_what_is_kept_is_added_to(server: Machine) -> None:
     old = Entry("0000:0a:00.0", "vfio-pci", "1234:11e8")
     server.file(CONF, render([old]))
@@ -468,3 +485,72 @@ def test_a_request_is_not_changed_by_deciding(server: Machine) -> None:
     copy = dataclasses.replace(request)
     decide(server.host, read_situation(server.host), request)
     assert request == copy
+
+
+def test_a_vf_whose_pf_probes_nothing_stays_without_a_driver(server: Machine) -> None:
+    server.file(f"/usr/lib/modules/{RELEASE}/modules.alias", "alias pci:v00008086d000010CAsv*sd*bc*sc*i* igbvf\n")
+    path = server.pci("0000:05:00.0", "8086:10c9", driver="igb", group=20, sriov_drivers_autoprobe=0)
+    vf = server.pci("0000:05:10.0", "8086:10ca", driver="igbvf", group=21)
+    server.link(f"{vf}/physfn", path)
+    bind(server, "0000:05:10.0")
+    (move,) = decided(server, "05:10.0", bound=False).moves
+    assert move.expected == ()
+    server.attributes(path, sriov_drivers_autoprobe=1)
+    (move,) = decided(server, "05:10.0", bound=False).moves
+    assert move.expected == ("igbvf",)
+
+
+def test_a_vf_that_is_not_there_can_be_planned_and_given_back_but_not_taken(server: Machine) -> None:
+    server.pci("0000:05:00.0", "8086:10c9", driver="igb", group=20, sriov_totalvfs=7, sriov_offset=128, sriov_stride=2)
+    binding = decided(server, "05:10.0", NVME, pending=True)
+    assert [move.address for move in binding.moves] == [NVME]
+    assert "0000:05:10.0 is not there yet" in binding.warnings[0]
+    assert not decided(server, "05:10.0", bound=False).plan.changed
+    for options in ({}, {"bound": False, "pending": True}):
+        with pytest.raises(OptionError, match="no such device"):
+            decided(server, "05:10.1", **options)
+    with pytest.raises(OptionError, match="no such device"):
+        decided(server, "05:10.0")
+
+
+# -- afterwards ----------------------------------------------------------------------------------------------------
+
+NODE = "/dev/vfio/devices/vfio0"
+
+
+def promised(machine: Machine, mode: int, links: bool) -> Binding:
+    """A bound function, and rules of udev about it."""
+    bind(machine, NVME)
+    machine.file(NODE, "")
+    here = machine.at(NODE).stat()
+    access = Access(str(here.st_uid), str(here.st_gid), mode, here.st_uid, here.st_gid)
+    machine.file("/etc/udev/rules.d/90-x.rules", rules_text({"cdevs": access}, links))
+    machine.at(NODE).chmod(0o640)
+    return decided(machine, NVME)
+
+
+def verified(machine: Machine, binding: Binding, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    # A node cannot be made without being root.
+    monkeypatch.setattr(_binding, "cdev_ready", lambda host, address: True)
+    request = Request(devices=[NVME], persistent=False)
+    try:
+        verify(machine.host, request, binding)
+    except HostError as error:
+        return list(error.details["unkept"])
+    return []
+
+
+def test_a_cdev_is_as_the_rules_say_or_it_is_an_error(server: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verified(server, promised(server, 0o640, links=False), monkeypatch) == []
+    (words,) = verified(server, promised(server, 0o660, links=False), monkeypatch)
+    assert "mode 0640 and not" in words
+
+
+def test_a_stable_name_leads_to_the_cdev_or_it_is_an_error(server: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = promised(server, 0o640, links=True)
+    (words,) = verified(server, binding, monkeypatch)
+    assert f"/dev/vfio/by-path/pci-{NVME} does not lead to {NODE}" in words
+    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] is None
+    server.link(f"/dev/vfio/by-path/pci-{NVME}", NODE)
+    assert verified(server, binding, monkeypatch) == []
+    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] == f"/dev/vfio/by-path/pci-{NVME}"

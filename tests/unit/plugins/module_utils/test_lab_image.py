@@ -46,6 +46,15 @@ def test_a_package_that_is_there_anyway_makes_no_other_image() -> None:
     assert parse_image("trixie", ["openssh-server"]).key() == parse_image("trixie").key()
 
 
+def test_an_image_with_dracut_has_no_initramfs_tools() -> None:
+    inputs = parse_image("trixie", ["dracut"]).inputs()
+    assert "dracut" in inputs["packages"]
+    assert "initramfs-tools" not in inputs["packages"]
+    assert "etc/dracut.conf.d/50-lab.conf" in inputs["files"]
+    assert not [path for path in inputs["files"] if "initramfs-tools" in path]
+    assert "initramfs-tools" in parse_image("trixie").inputs()["packages"]
+
+
 def test_the_path_has_the_key(tmp_path: Path) -> None:
     spec = parse_image("trixie")
     assert image_path(spec, tmp_path) == tmp_path / f"trixie-{spec.key()}" / "disk.qcow2"
@@ -81,7 +90,7 @@ def test_the_configuration_script_is_complete() -> None:
 
 
 def test_the_shell_scripts_in_the_image_parse() -> None:
-    scripts = [text for mode, text in _lab_image._FILES.values() if mode == 0o755]
+    scripts = [text for mode, text in parse_image("trixie").files().values() if mode == 0o755]
     assert len(scripts) == 3
     for text in scripts:
         subprocess.run(["sh", "-n"], input=text, text=True, check=True)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
+from ansible_collections.iommufd.host.plugins.module_utils._plan import run
 
 HOLDER = """
 import fcntl, os, sys
@@ -42,4 +44,19 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError), host_lock(timeout=1, path=path):
         raise ValueError
     with host_lock(timeout=0.2, path=path):
+        pass
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_goes_on_after_we_were_killed_keeps_the_lock_if_told_to(tmp_path: pathlib.Path, keep: bool) -> None:
+    path, stop = str(tmp_path / "lock"), tmp_path / "stop"
+    os.mkfifo(stop)
+    with host_lock(timeout=1, path=path):
+        # It outlives `run`, as a command does whose caller is killed.
+        run(["sh", "-c", f"(exec >/dev/null 2>&1; read line <{stop}) &"], keep_locks=keep)
+    if keep:
+        with pytest.raises(HostError, match="Another run"), host_lock(timeout=0.2, path=path):
+            pass
+    stop.write_text("end\n")
+    with host_lock(timeout=5, path=path):
         pass

@@ -17,6 +17,7 @@ import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _persistence as persistence
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._files import temporary_path
 from ansible_collections.iommufd.host.plugins.module_utils._names import Disk, Names
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     CONF,
@@ -160,6 +161,21 @@ def test_a_run_that_was_killed_is_completed(server: Machine, done: int) -> None:
     carry_out(server, plan(server))
     assert tree(server) == set()
     assert server.at(IMAGE).read_bytes() == image_with()
+
+
+@pytest.mark.parametrize("entries", [(), (ENTRY,)])
+def test_what_a_killed_run_left_unfinished_is_removed(server: Machine, entries: tuple[Entry, ...]) -> None:
+    carry_out(server, plan(server, *entries))
+    before = tree(server)
+    left = [temporary_path(IMAGE), temporary_path(RULE), temporary_path(CONF)]
+    for path in left:
+        server.file(path, "half a f")
+    steps = plan(server, *entries)
+    assert sorted(step.subject for step in steps) == sorted(left)
+    carry_out(server, steps)
+    assert tree(server) == before
+    assert not server.at(left[0]).exists()
+    assert plan(server, *entries) == []
 
 
 def test_an_image_without_a_driver_for_the_device_stays(server: Machine) -> None:

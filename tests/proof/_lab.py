@@ -1,0 +1,278 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A lab host for a long run, and the run's record.
+
+The host is started by the collection's own playbook ``lab`` and destroyed at the end, also after a failure. On it runs
+``_agent.py``, which is this side's hands and eyes: it answers one JSON line for each it gets, over one ssh connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import typing as t
+
+HERE = pathlib.Path(__file__).resolve().parent
+CHECKOUT = HERE.parent.parent
+HOST_STATE = CHECKOUT / "extensions/molecule/files/host_state.py"
+
+Json = dict[str, t.Any]
+
+
+class Failed(AssertionError):
+    """What a case promises did not hold."""
+
+
+def check(holds: t.Any, says: str) -> None:
+    """Like assert, but python -O does not turn it off."""
+    if not holds:
+        raise Failed(says)
+
+
+class Report:
+    """The cases of a run: shown as they end, and written to ``results.json`` and ``results.txt``."""
+
+    def __init__(self, results: pathlib.Path, title: str) -> None:
+        self.results = results
+        self.title = title
+        self.started = time.monotonic()
+        self.cases: list[Json] = []
+        self.facts: Json = {}
+        results.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def case(self, name: str) -> t.Iterator[Json]:
+        """One case. Its body puts what it saw into the dictionary it gets; a failure is noted and the run goes on."""
+        row: Json = {"case": name, "ok": False}
+        start = time.monotonic()
+        try:
+            yield row
+            row["ok"] = True
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"
+            if not isinstance(error, Failed):
+                traceback.print_exc()
+        row["seconds"] = round(time.monotonic() - start, 1)
+        self.cases.append(row)
+        verdict = "ok  " if row["ok"] else "FAIL"
+        print(f"{verdict} {row['seconds']:6.1f} s  {name}" + (f"\n     {row['error']}" if "error" in row else ""))
+        self.write()
+
+    def write(self) -> None:
+        seconds = round(time.monotonic() - self.started, 1)
+        bad = [row for row in self.cases if not row["ok"]]
+        record = {"title": self.title, "ok": not bad and bool(self.cases), "seconds": seconds, "facts": self.facts}
+        record["cases"] = self.cases
+        (self.results / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+        lines = [self.title, f"{len(self.cases) - len(bad)} of {len(self.cases)} cases hold; {seconds:.0f} s", ""]
+        lines += [f"{key}: {value}" for key, value in self.facts.items()] + [""]
+        for row in self.cases:
+            lines.append(f"{'ok  ' if row['ok'] else 'FAIL'} {row['seconds']:6.1f} s  {row['case']}")
+            lines += [f"                 {row[key]}" for key in ("error", "message") if row.get(key)]
+        (self.results / "results.txt").write_text("\n".join(lines) + "\n")
+
+    def end(self, planned: int = 1) -> int:
+        """Exit status; a run that ended before its ``planned`` number of cases has failed."""
+        self.write()
+        bad = [row for row in self.cases if not row["ok"]]
+        seconds = time.monotonic() - self.started
+        print(f"{self.title}: {len(self.cases) - len(bad)} of {len(self.cases)} cases hold ({seconds:.0f} s)")
+        return 1 if bad or len(self.cases) < planned else 0
+
+
+class LabHost:
+    """One lab host, for the time of a ``with``."""
+
+    def __init__(self, results: pathlib.Path, name: str, devices: t.Sequence[Json], **variables: t.Any) -> None:
+        self.directory = results.resolve() / "lab"
+        self.name = name
+        self.inventory = results.resolve() / f"{name}.json"
+        host = {"lab_devices": list(devices), **variables}
+        inventory = {"lab": {"hosts": {name: host}, "vars": {"lab_dir": str(self.directory)}}}
+        self.inventory.parent.mkdir(parents=True, exist_ok=True)
+        self.inventory.write_text(json.dumps(inventory, indent=2) + "\n")
+        self._agent: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> LabHost:
+        self.lab("absent")
+        try:
+            self.lab("started")
+        except BaseException:
+            self.lab("absent")
+            raise
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._hang_up()
+        with contextlib.suppress(OSError):
+            console = (self.directory / self.name / "serial.log").read_bytes()
+            (self.inventory.parent / f"{self.name}-console.log").write_bytes(console)
+        self.lab("absent")
+
+    # -- power -----------------------------------------------------------------------------------------------------
+
+    def lab(self, state: str) -> None:
+        """Bring the host to a state with the collection's own playbook."""
+        command = ["ansible-playbook", "-i", str(self.inventory), "iommufd.host.lab", "-e", f"lab_state={state}"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500)
+        if done.returncode:
+            raise RuntimeError(f"lab_state={state} failed:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+
+    def pull_the_plug(self) -> None:
+        """End the emulator at once, as a power failure would. What the host had not yet written is lost."""
+        state = json.loads((self.directory / self.name / "state.json").read_text())
+        os.kill(state["pid"], signal.SIGKILL)
+        self._hang_up()
+
+    def reboot(self) -> None:
+        """Shut down and boot in an orderly way, from within."""
+        before = self.sh("cat /proc/sys/kernel/random/boot_id").strip()
+        self._hang_up()
+        subprocess.run(self._ssh("systemctl reboot"), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        self.await_boot(before)
+
+    def await_boot(self, before: str, timeout: float = 600) -> None:
+        """Wait until ssh answers in another boot than the one whose boot id is given."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command = self._ssh("cat /proc/sys/kernel/random/boot_id")
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+                if done.returncode == 0 and done.stdout.strip() != before:
+                    return
+            time.sleep(1)
+        raise RuntimeError(f"{self.name} did not come back within {timeout:.0f} s")
+
+    # -- going in --------------------------------------------------------------------------------------------------
+
+    def _ssh(self, command: str) -> list[str]:
+        return [str(self.directory / self.name / "ssh"), command]
+
+    def ansible(self, module: str, options: Json, check_mode: bool = False) -> Json:
+        """Run a module as a user does, by the ``ansible`` command; returns the module's result."""
+        command = ["ansible", "-i", str(self.directory / "inventory.yml"), self.name, "-m", module, "-a"]
+        command += [json.dumps(options), *(["--check", "--diff"] if check_mode else [])]
+        environment = dict(os.environ, ANSIBLE_NOCOLOR="1", ANSIBLE_CALLBACK_RESULT_FORMAT="json")
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900, env=environment
+        )
+        match = re.search(r"^\S+ \| (\w+)!? => (\{.*\})\s*$", done.stdout, re.MULTILINE | re.DOTALL)
+        if match is None:
+            raise RuntimeError(f"{shlex.join(command)} answered:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        result: Json = json.loads(match[2])
+        result["failed"] = match[1] != "SUCCESS" and match[1] != "CHANGED"
+        return result
+
+    def aside(self, script: str, timeout: float = 90) -> str:
+        """Run a shell script over a connection of its own, while the agent is busy."""
+        done = subprocess.run(
+            self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
+        check(done.returncode == 0, f"`{script}` ended with status {done.returncode}: {done.stderr}")
+        return done.stdout
+
+    def complaints(self) -> list[str]:
+        """What the kernel complained of on its console, in all boots of this host."""
+        console = (self.directory / self.name / "serial.log").read_text(errors="replace")
+        return [line for line in console.splitlines() if re.search(r"WARNING:|BUG:|Call Trace|Oops|hung_task", line)]
+
+    def install_agent(self, module: str = "iommufd.host.vfio_bind") -> None:
+        """Put the agent on the host, and beside it the module with its whole payload as Ansible packs and ships it.
+
+        Ansible's own way to debug a module: keep what was sent, and let it unpack itself. So the module can be called,
+        and killed, without a controller's round trip for each call.
+        """
+        environment = dict(os.environ, ANSIBLE_KEEP_REMOTE_FILES="1")
+        command = ["ansible", "-i", str(self.directory / "inventory.yml"), self.name, "-m", module, "--check", "-a"]
+        options = json.dumps({"devices": ["0000:00:03.0"]})  # refused, which does not matter here
+        subprocess.run([*command, options], stdin=subprocess.DEVNULL, capture_output=True, timeout=300, env=environment)
+        for source in (HERE / "_agent.py", HOST_STATE):
+            self.put(source.read_bytes(), f"/var/tmp/proof/{source.name}")
+        script = (
+            "set -e; cd /root/.ansible/tmp/ansible-tmp-*; python3 AnsiballZ_vfio_bind.py explode >/dev/null; "
+            "rm -rf /var/tmp/proof/payload; mv debug_dir /var/tmp/proof/payload; cd /; rm -rf /root/.ansible; sync"
+        )
+        done = subprocess.run(self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        check(done.returncode == 0, f"the module could not be unpacked: {done.stderr}")
+
+    def put(self, content: bytes, path: str) -> None:
+        script = f"mkdir -p {shlex.quote(os.path.dirname(path))} && cat >{shlex.quote(path)}"
+        subprocess.run(self._ssh(script), input=content, check=True, timeout=60)
+
+    # -- the agent -------------------------------------------------------------------------------------------------
+
+    def _hang_up(self) -> None:
+        if self._agent is not None:
+            self._agent.kill()
+            self._agent.wait()
+            self._agent = None
+
+    def tell(self, do: str, **arguments: t.Any) -> None:
+        """Give the agent an order without waiting for its answer."""
+        if self._agent is None:
+            self._agent = subprocess.Popen(
+                self._ssh("exec python3 -u /var/tmp/proof/_agent.py"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        stdin = t.cast(t.IO[str], self._agent.stdin)
+        stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        stdin.flush()
+
+    def answer(self) -> t.Any:
+        agent = t.cast("subprocess.Popen[str]", self._agent)
+        line = t.cast(t.IO[str], agent.stdout).readline()
+        if not line:
+            self._hang_up()
+            raise RuntimeError("the agent's connection ended")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"on {self.name}: {answer['error']}")
+        return answer["value"]
+
+    def ask(self, do: str, **arguments: t.Any) -> t.Any:
+        self.tell(do, **arguments)
+        return self.answer()
+
+    def sh(self, script: str, timeout: float = 120, ok: t.Sequence[int] = (0,)) -> str:
+        """Run a shell script on the host; returns what it wrote to standard output and error."""
+        done = self.ask("sh", script=script, timeout=timeout)
+        check(done["rc"] in ok, f"`{script}` ended with status {done['rc']}: {done['out'][-1500:]}")
+        return str(done["out"])
+
+    def call(self, **options: t.Any) -> Json:
+        """Call vfio_bind on the host. Options with a leading underscore are the agent's (_kill, _check)."""
+        return t.cast(Json, self.ask("call", **_split(options)))
+
+    def functions(self, only: t.Sequence[str] = ()) -> Json:
+        """Driver and override of every PCI function, or of some, by address."""
+        return t.cast(Json, self.ask("functions", only=list(only)))
+
+
+def _split(options: Json) -> Json:
+    orders = {key[1:]: value for key, value in options.items() if key.startswith("_")}
+    return {"options": {key: value for key, value in options.items() if not key.startswith("_")}, **orders}
+
+
+def start_call(host: LabHost, **options: t.Any) -> None:
+    """Let the agent start a call whose answer is fetched later with ``host.answer()``."""
+    host.tell("call", **_split(options))
+
+
+def results_directory() -> pathlib.Path:
+    """The run's first argument: where it puts what it saw."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} RESULT_DIRECTORY")
+    return pathlib.Path(sys.argv[1])
