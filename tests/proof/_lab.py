@@ -105,6 +105,8 @@ class LabHost:
         self._agent: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> LabHost:
+        # So that a run that is ended from outside destroys its host as well.
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
         self.lab("absent")
         try:
             self.lab("started")
