@@ -76,7 +76,7 @@ def read_iommu(host: Host, foreign: t.Mapping[str, t.Sequence[str]]) -> Iommu:
     kind = _kind(host)
     on = bool(host.listdir(GROUPS))
     if kind is None:
-        return Iommu(None, on, [], "the firmware announces no IOMMU (no ACPI table DMAR, IVRS or VIOT, no SMMU in IORT)")
+        return Iommu(None, on, [], "the firmware announces no IOMMU (no ACPI table DMAR, IVRS, VIOT, no SMMU in IORT)")
     config = read_config(host)
     if config is not None and not any(config.has(option) for option in _DRIVERS[kind]):
         names = " or ".join(f"CONFIG_{option}" for option in _DRIVERS[kind])
@@ -85,7 +85,8 @@ def read_iommu(host: Host, foreign: t.Mapping[str, t.Sequence[str]]) -> Iommu:
         return Iommu(kind, on, [], f"{kind} is on without any argument")
     for place, line in foreign.items():
         if [argument for argument in line if argument.startswith("intel_iommu=")][-1:] == ["intel_iommu=off"]:
-            return Iommu(kind, on, ["intel_iommu=on"], f"intel_iommu=off is configured ({place}), and the last one counts")
+            why = f"intel_iommu=off is configured ({place}), and the last one counts"
+            return Iommu(kind, on, ["intel_iommu=on"], why)
     default = config is not None and any(
         # The second is Debian's: on for all but integrated graphics.
         config.get(f"INTEL_IOMMU_DEFAULT_ON{suffix}") == "y"
@@ -111,8 +112,8 @@ def _kind(host: Host) -> str | None:
 def _smmu(table: bytes) -> str | None:
     """The kind of SMMU in an IORT table, which Arm machines without one have, too.
 
-    "IO Remapping Table" (Arm DEN 0049): number and offset of the nodes at 36; each node has its type (3: SMMU, 4: SMMUv3)
-    and length in its first three bytes.
+    "IO Remapping Table" (Arm DEN 0049): number and offset of the nodes at 36; each node has its type (3: SMMU,
+    4: SMMUv3) and length in its first three bytes.
     """
     if len(table) < 44:
         return "SMMU"  # it cannot be read; say what is likely
@@ -142,8 +143,8 @@ def refuse_off(iommu: Iommu, foreign: t.Mapping[str, t.Sequence[str]]) -> None:
         for argument in line:
             if iommu.kind in _OFF_FOR_GOOD.get(argument, ()):
                 raise Refusal(
-                    f"{argument} is among the configured kernel arguments ({place}) and switches the IOMMU off, whatever "
-                    "else is given. It is not ours to remove: take it out there and run again."
+                    f"{argument} is among the configured kernel arguments ({place}) and switches the IOMMU off, "
+                    "whatever else is given. It is not ours to remove: take it out there and run again."
                 )
 
 

@@ -5,14 +5,16 @@
 """Boot entries in files of their own: the Boot Loader Specification (GRUB of Fedora and RHEL, systemd-boot, zipl), and
 zipl's configuration.
 
-Each entry's file is edited, minimally, and so is what the entries of new kernels are made from: ``/etc/kernel/cmdline``
-(kernel-install) and, with GRUB, ``/etc/default/grub``. ``grubby`` is not used for it: it replaces the value of an argument
-that others have set, and merges several of one name ("console=…"), so that what was there is lost; what is written here
-``grubby --info=ALL`` shows as its own. Nor is ``kernel-install``: it writes entries anew, without what somebody added to
-one of them by hand, and builds an initramfs for each.
+Each entry's file is edited, minimally, and so is what the entries of new kernels are made from:
+``/etc/kernel/cmdline`` (kernel-install) and, with GRUB, ``/etc/default/grub``. ``grubby`` is not used for it: it
+replaces the value of an argument that others have set, and merges several of one name ("console=…"), so that what was
+there is lost (function update_args in its source); what is written here ``grubby --info=ALL`` shows like its own. Nor
+is ``kernel-install``: it writes entries anew, without what somebody added to one of them by hand, and builds an
+initramfs for each.
 
 Which arguments are ours cannot be seen in such files, so they are recorded in :data:`RECORD`: an argument a line, and
-behind it the files that had it before, where it stays. The record is written before the first file and goes after the last.
+behind it the files that had it before, where it stays. The record is written before the first file and goes after the
+last.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class EntryFiles(BootLoader):
     def __init__(self, host: Host, name: str) -> None:
         super().__init__(host)
         self.name = name
-        self._forms: dict[str, Form] = {path: ENTRY for path in entry_files(host)}
+        self._forms: dict[str, Form] = dict.fromkeys(entry_files(host), ENTRY)
         if name == "zipl" and not self._forms:
             self._forms[ZIPL_CONF] = ZIPL
         elif host.exists(CMDLINE):
@@ -160,8 +162,8 @@ class EntryFiles(BootLoader):
             images = [line for line in text.splitlines() if line.split("=")[0].strip() == "image"]
             if len(images) != len(ZIPL.lines(text)):
                 raise HostError(
-                    f"A section of {ZIPL_CONF} has an image and no parameters on a line of their own, so that not every "
-                    f"entry can be given {' '.join(ours)}. Add such a line and run again."
+                    f"A section of {ZIPL_CONF} has an image and no parameters on a line of their own, so that not "
+                    f"every entry can be given {' '.join(ours)}. Add such a line and run again."
                 )
 
     def _ours_in(self, path: str) -> list[str]:
@@ -178,8 +180,8 @@ class EntryFiles(BootLoader):
                 found.append(path)
             elif not form.joined and len(lacking) < len(lines):
                 raise HostError(
-                    f"Some sections of {path} have {argument} and some have not, so that it could not be told later which "
-                    "are ours. Add it to the others by hand, or take it out, and run again."
+                    f"Some sections of {path} have {argument} and some have not, so that it could not be told later "
+                    "which are ours. Add it to the others by hand, or take it out, and run again."
                 )
         return found
 
@@ -241,6 +243,4 @@ def booted_by_systemd(host: Host) -> bool:
 
 def has_systemd_boot(host: Host) -> bool:
     """Whether systemd-boot is installed."""
-    return any(
-        host.exists(f"{boot}/loader/loader.conf") or host.is_dir(f"{boot}/EFI/systemd") for boot in _BOOTS
-    )
+    return any(host.exists(f"{boot}/loader/loader.conf") or host.is_dir(f"{boot}/EFI/systemd") for boot in _BOOTS)

@@ -69,11 +69,11 @@ class BootLoader:
 class Grub(BootLoader):
     """GRUB with entries that ``grub-mkconfig`` generates.
 
-    Where it reads ``/etc/default/grub.d`` (Debian and derivatives) ours is a drop-in file, else marked lines at the end
-    of ``/etc/default/grub`` (SUSE, Arch). Either appends to GRUB_CMDLINE_LINUX, which every entry gets, recovery entries
-    included. Where others give the same argument with another value in GRUB_CMDLINE_LINUX_DEFAULT, which comes behind it
-    on the line of a normal entry, ours is appended there too: the last one counts for the kernel. Nothing of others is
-    taken out.
+    Where it reads ``/etc/default/grub.d`` (Debian and derivatives) ours is a drop-in file, else marked lines at the
+    end of ``/etc/default/grub`` (SUSE, Arch). Either appends to GRUB_CMDLINE_LINUX, which every entry gets, recovery
+    entries included. Where others give the same argument with another value in GRUB_CMDLINE_LINUX_DEFAULT, which comes
+    behind it on the line of a normal entry, ours is appended there too: the last one counts for the kernel. Nothing of
+    others is taken out.
 
     Args:
         host: the host.

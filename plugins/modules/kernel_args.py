@@ -22,7 +22,8 @@ description:
     place where they stand.
   - Every entry is reached, recovery and rescue entries included, and read back.
   - GRUB with generated entries gets the drop-in file C(/etc/default/grub.d/60-iommufd-host.cfg) where it reads such
-    (Debian and derivatives), else marked lines in C(/etc/default/grub) (SUSE, Arch). C(grub.cfg) is replaced in one step.
+    (Debian and derivatives), else marked lines in C(/etc/default/grub) (SUSE, Arch). C(grub.cfg) is replaced in one
+    step.
   - Where each entry is a file of its own (GRUB of Fedora and RHEL, systemd-boot, zipl), the arguments are added to
     each file, and to what entries of new kernels are made from, C(/etc/kernel/cmdline) where it exists, and
     C(/etc/default/grub). Where it does not exist, C(kernel-install) takes the arguments of the running kernel.
@@ -46,11 +47,11 @@ options:
     default: auto
   passthrough:
     description:
-      - Let the host's own devices go past the IOMMU (C(iommu=pt), or C(iommu.passthrough=1) where the IOMMU is not one of
-        a PC). Devices given to guests are not concerned.
-      - It saves the host's devices the cost of mapping for each transfer. The price is that none of them is isolated from
-        the host's memory any more. A faulty or hostile device, or a faulty driver, reads and writes all of it by DMA.
-        The passing of devices to guests does not need it.
+      - Let the host's own devices go past the IOMMU (C(iommu=pt), or C(iommu.passthrough=1) where the IOMMU is not
+        VT-d or AMD-Vi). Devices given to guests are not concerned.
+      - It saves the host's devices the cost of mapping for each transfer. The price is that none of them is isolated
+        from the host's memory any more. A faulty or hostile device, or a faulty driver, reads and writes all of it by
+        DMA. The passing of devices to guests does not need it.
     type: bool
     default: false
     version_added: 0.2.0

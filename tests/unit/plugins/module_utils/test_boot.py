@@ -52,7 +52,9 @@ class Debian(Host):
         (root / "usr/sbin/grub-mkconfig").chmod(0o755)
         self.put("/proc/sys/kernel/osrelease", "6.12\n")
         self.put("/proc/cmdline", f"BOOT_IMAGE=/boot/vmlinuz-6.12 root=UUID=1 ro {linux} {default}\n")
-        self.kernel("CONFIG_INTEL_IOMMU=y\nCONFIG_INTEL_IOMMU_DEFAULT_ON_INTGPU_OFF=y\nCONFIG_AMD_IOMMU=y\nCONFIG_VIRTIO_IOMMU=m\nCONFIG_ARM_SMMU_V3=y\n")
+        self.kernel(
+            "CONFIG_INTEL_IOMMU=y\nCONFIG_INTEL_IOMMU_DEFAULT_ON_INTGPU_OFF=y\nCONFIG_AMD_IOMMU=y\nCONFIG_VIRTIO_IOMMU=m\nCONFIG_ARM_SMMU_V3=y\n"
+        )
         if table:
             self.put(f"/sys/firmware/acpi/tables/{table}")
 
@@ -254,9 +256,7 @@ def test_past_the_iommu_only_when_asked(tmp_path: pathlib.Path) -> None:
     assert _boot.decide_present(arm, [], False, passthrough=True).args == ["iommu.passthrough=1"]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "kind"), [([0, 2, 4], "SMMUv3"), ([0, 3], "SMMU"), ([0, 1, 2], None), ([], None)]
-)
+@pytest.mark.parametrize(("nodes", "kind"), [([0, 2, 4], "SMMUv3"), ([0, 3], "SMMU"), ([0, 1, 2], None), ([], None)])
 def test_the_smmu_of_an_arm_machine_is_in_its_iort(tmp_path: pathlib.Path, nodes: list[int], kind: str | None) -> None:
     host = Debian(tmp_path, table="")
     table = b"IORT".ljust(36, b"\0") + struct.pack("<III", len(nodes), 48, 0)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import typing as t
 
@@ -196,8 +197,6 @@ def test_zipl_interrupted_before_it_ran_runs(tmp_path: pathlib.Path) -> None:
     host = zipl_bls(tmp_path)
     host.carry_out(_boot.decide_present(host, [], True).plan)
     host.put("/boot/bootmap")
-    import os
-
     os.utime(tmp_path / "boot/bootmap", (1000, 1000))
     assert _boot.decide_present(host, [], True).plan.summary() == ["have zipl install the boot entries"]
 
@@ -206,7 +205,7 @@ def test_sections_of_zipl_that_cannot_be_told_apart_are_refused(tmp_path: pathli
     host = zipl_conf(tmp_path)
     text = (tmp_path / "etc/zipl.conf").read_text()
     host.put("/etc/zipl.conf", text.replace('"root=UUID=1"', '"root=UUID=1 intel_iommu=on"'))
-    with pytest.raises(HostError, match="Some sections of /etc/zipl.conf have intel_iommu=on"):
+    with pytest.raises(HostError, match=r"Some sections of /etc/zipl\.conf have intel_iommu=on"):
         _boot.decide_present(host, [], True)
     host.put("/etc/zipl.conf", text + "[third]\nimage=/boot/x\n")
     with pytest.raises(HostError, match="no parameters"):
