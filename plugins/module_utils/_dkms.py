@@ -62,6 +62,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     require_apt,
     simulate_install,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._persistence import find_generator, find_images
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, Step, WriteFile, run
 from ansible_collections.iommufd.host.plugins.module_utils._tarball import NotSeekable, SortedTarball
 
@@ -233,6 +234,23 @@ class SecureBoot:
     certificate: str | None
     enrolled: bool | None
 
+    @property
+    def warning(self) -> str | None:
+        """What a person must do for the modules to be loaded; None where nothing, as far as can be told."""
+        if not self.enabled or self.enrolled:
+            return None
+        if self.certificate is None:
+            return (
+                "Secure Boot is on and there is no key that DKMS could sign the modules with (no openssl?); the "
+                "kernel will refuse to load them."
+            )
+        known = "is not enrolled" if self.enrolled is False else "may not be enrolled (mokutil could not tell)"
+        return (
+            f"Secure Boot is on and the key that DKMS signs with, {self.certificate}, {known}. Until it is, the kernel "
+            f"refuses to load the modules. On the host: mokutil --import {self.certificate} (it asks for a password of "
+            "your choice), reboot, and at the console choose Enroll MOK and enter that password."
+        )
+
 
 def read_secure_boot(host: Host) -> SecureBoot:
     """State of Secure Boot, from the firmware's variable (four bytes of attributes, then the value)."""
@@ -303,6 +321,8 @@ def plan_present(host: Host, wanted: Wanted) -> Planned:
         if stale or dkms_versions(host):
             return plan_absent(host, kernels)
         return planned
+    if all(kernel.state == "dkms" for kernel in targets):
+        _warn_of_secure_boot(host, planned)
     _refuse_foreign_tree(host)
     _plan_packages(host, wanted, planned, targets)
     renew = bool(stale) or any(version != VERSION for version in dkms_versions(host))
@@ -322,6 +342,9 @@ def plan_present(host: Host, wanted: Wanted) -> Planned:
                     take_back=functools.partial(_take_build_back, kernel.release, keys_were_there),
                 )
             )
+    for kernel in targets:
+        if kernel.state != "dkms" or renew:
+            _plan_initramfs(host, planned.plan, kernel.release)
     _plan_unload(host, planned, running)
     return planned
 
@@ -339,10 +362,29 @@ def plan_absent(host: Host, kernels: list[Kernel] | None = None) -> Planned:
         _plan_unload_ours(host, planned)
     if ours or known or touched:
         _plan_dkms_removal(host, planned.plan, ours, [kernel.release for kernel in kernels])
+        for release_ in touched:
+            _plan_initramfs(host, planned.plan, release_)
     removal = plan_removal(host, PURPOSE, _named_packages(host, kernels))
     if removal.forget:
         _plan_purge(host, planned, removal)
     return planned
+
+
+# vfio among the modules that a person wants in the initramfs.
+_IN_INITRAMFS = re.compile(r"^[^#\n]*\bvfio", re.MULTILINE)
+
+
+def _plan_initramfs(host: Host, plan: Plan, name: str) -> None:
+    """Have a kernel's initramfs made anew where it holds vfio: the one in there is loaded first, and would stay."""
+    paths = ["/etc/initramfs-tools/modules", "/etc/dracut.conf"]
+    paths.extend(f"/etc/dracut.conf.d/{file}" for file in host.listdir("/etc/dracut.conf.d"))
+    if not any(_IN_INITRAMFS.search(host.read_text(path) or "") for path in paths):
+        return
+    generator = find_generator(host)
+    for image in find_images(host):
+        if generator is not None and image.release == name:
+            again = functools.partial(run, generator.argv(image), 1800)
+            plan.add(Action(f"make {image.path} anew, which holds vfio", do=again))
 
 
 def _refuse_foreign_tree(host: Host) -> None:
@@ -364,7 +406,7 @@ def tarball(series: str) -> str:
 
 def _named_packages(host: Host, kernels: t.Iterable[Kernel]) -> set[str]:
     """Every package that may have been named when installing; what else the record has came as a dependency."""
-    names = {"dkms", "xz-utils", "openssl", "mokutil"}
+    names = {"dkms", "xz-utils", "openssl", "mokutil", "linux-source"}
     for kernel in kernels:
         names |= {f"linux-source-{kernel.series}", f"linux-headers-{kernel.release}", f"linux-headers-{kernel.flavour}"}
     return names
@@ -449,6 +491,8 @@ def _packages_for(
         image = packages.get(f"linux-image-{kernel.flavour}")
         if image is not None and image.installed and f"linux-headers-{kernel.flavour}" not in optional:
             optional.append(f"linux-headers-{kernel.flavour}")  # so that the next kernel comes with its headers
+            if kernel.newest and image.version.startswith(f"{kernel.series}.") and "~bpo" not in image.version:
+                optional.append("linux-source")  # and one of the next series with its sources; not so in backports
     if host.which("xz") is None:
         names.append("xz-utils")
     if read_secure_boot(host).enabled:
@@ -583,6 +627,7 @@ def look_again(host: Host, planned: Planned) -> None:
         if isinstance(step, InstallPackages):
             planned.installs = sorted(step.added)
     planned.kernels = read_kernels(host)
+    _warn_of_secure_boot(host, planned)
     kernel = next((one for one in planned.kernels if one.running), None)
     if planned.source is None or kernel is None:
         return
@@ -594,6 +639,13 @@ def look_again(host: Host, planned: Planned) -> None:
             f"The sources are those of Linux {version}, the running kernel is {kernel.version}. Within a stable series "
             "that differs by fixes only; a difference that matters would not have compiled."
         )
+
+
+def _warn_of_secure_boot(host: Host, planned: Planned) -> None:
+    warning = read_secure_boot(host).warning
+    built = any(kernel.state == "dkms" for kernel in planned.kernels)
+    if warning is not None and built and warning not in planned.warnings:
+        planned.warnings.append(warning)
 
 
 def _series(version: str) -> str:

@@ -21,6 +21,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._kernel import ModuleIndex
+from ansible_collections.iommufd.host.plugins.module_utils._modules_stale import plan_stale
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, RemoveFile, Step, WriteFile, run
 
 PATH = "/etc/modules-load.d/iommufd-host.conf"
@@ -203,6 +204,9 @@ def plan_present(host: Host, names: t.Sequence[str], pending: bool = False) -> P
         planned.warnings.append(
             f"The running kernel has no module {', '.join(absent)} yet; whether it loads shows when it is there."
         )
+    stale, warnings = plan_stale(host, True)
+    planned.plan.add(*stale)
+    planned.warnings.extend(warnings)
     wanted = [name for name in names if states[name].state != "builtin"]
     before = _read_own(host)
     after = content(wanted) if wanted else None
@@ -223,6 +227,7 @@ def plan_absent(host: Host) -> Planned:
     nobody can say why they are loaded, and they stay.
     """
     planned = Planned(Plan())
+    planned.plan.add(*plan_stale(host, False)[0])
     before = _read_own(host)
     if before is None:
         return planned

@@ -18,13 +18,22 @@ description:
     kernels that are built so, as Debian's are (for everything but integrated graphics). C(intel_iommu=on) is set where
     the kernel leaves VT-d off, or where somebody configured C(intel_iommu=off).
   - Arguments of others are never taken out. One that is there already is not added again.
-  - GRUB as Debian and its derivatives set it up, by the drop-in file C(/etc/default/grub.d/60-iommufd-host.cfg), which
-    reaches recovery entries too. C(grub.cfg) is replaced in one step.
+  - C(amd_iommu=off) and C(iommu=off) of others cannot be overridden by anything behind them. They are refused, with the
+    place where they stand.
+  - Every entry is reached, recovery and rescue entries included, and read back.
+  - GRUB with generated entries gets the drop-in file C(/etc/default/grub.d/60-iommufd-host.cfg) where it reads such
+    (Debian and derivatives), else marked lines in C(/etc/default/grub) (SUSE, Arch). C(grub.cfg) is replaced in one
+    step.
+  - Where each entry is a file of its own (GRUB of Fedora and RHEL, systemd-boot, zipl), the arguments are added to
+    each file, and to what entries of new kernels are made from, C(/etc/kernel/cmdline) where it exists, and
+    C(/etc/default/grub). Where it does not exist, C(kernel-install) takes the arguments of the running kernel.
+    C(/etc/iommufd-host/kernel-arguments) records what was added. With zipl, it is run afterwards.
+  - Unified kernel images, image-based hosts (ostree), U-Boot and extlinux are refused, with what to do there, but only
+    where an argument is needed at all.
 options:
   args:
     description:
-      - Further arguments, in order. C(iommu=pt), for example, lets devices of the host go past the IOMMU, which is
-        faster for them and gives up the host's protection against them.
+      - Further arguments, in order.
       - The list is complete. Arguments that an earlier list of this module named are taken out.
     type: list
     elements: str
@@ -36,6 +45,16 @@ options:
     type: str
     choices: [auto, ignore]
     default: auto
+  passthrough:
+    description:
+      - Let the host's own devices go past the IOMMU (C(iommu=pt), or C(iommu.passthrough=1) where the IOMMU is not
+        VT-d or AMD-Vi). Devices given to guests are not concerned.
+      - It saves the host's devices the cost of mapping for each transfer. The price is that none of them is isolated
+        from the host's memory any more. A faulty or hostile device, or a faulty driver, reads and writes all of it by
+        DMA. The passing of devices to guests does not need it.
+    type: bool
+    default: false
+    version_added: 0.2.0
   state:
     description: With V(absent), everything that this module configured is taken out.
     type: str
@@ -80,7 +99,7 @@ iommu:
   type: dict
   contains:
     kind:
-      description: V(VT-d), V(AMD-Vi), V(SMMU), V(virtio-iommu), or null where the firmware announces none.
+      description: V(VT-d), V(AMD-Vi), V(SMMUv3), V(SMMU), V(virtio-iommu), or null where the firmware announces none.
       type: str
     "on":
       description: Whether the running kernel uses it, that is, has devices in IOMMU groups.
@@ -113,7 +132,7 @@ cmdline:
     booted: BOOT_IMAGE=/boot/vmlinuz-6.12.117+deb13-amd64 root=/dev/vda1 ro console=ttyS0
     configured: console=ttyS0
 boot_loader:
-  description: The boot loader, null where it is not known and nothing needs to be set.
+  description: V(grub), V(systemd-boot) or V(zipl), null where it is not known and nothing needs to be set.
   returned: success
   type: str
   sample: grub
@@ -146,22 +165,26 @@ from ansible_collections.iommufd.host.plugins.module_utils import _boot
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._kernel_line import check_arguments
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
 
 ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
     "args": {"type": "list", "elements": "str", "default": []},
     "iommu": {"type": "str", "choices": ["auto", "ignore"], "default": "auto"},
+    "passthrough": {"type": "bool", "default": False},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
 }
 
 
 def work(module: AnsibleModule) -> Outcome:
     host = Host()
-    _boot.check_arguments("args", module.params["args"])
+    check_arguments("args", module.params["args"])
     if module.params["state"] == "absent":
         decided = _boot.decide_absent(host, module.params["args"])
     else:
-        decided = _boot.decide_present(host, module.params["args"], module.params["iommu"] == "auto")
+        decided = _boot.decide_present(
+            host, module.params["args"], module.params["iommu"] == "auto", module.params["passthrough"]
+        )
     return Outcome(
         plan=decided.plan,
         result=_result(decided),
@@ -183,11 +206,11 @@ def _result(decided: _boot.Decided) -> dict[str, t.Any]:
 
 def _verify(host: Host, decided: _boot.Decided) -> dict[str, t.Any]:
     if decided.plan.changed and decided.loader is not None:
-        left: Plan = type(decided.loader)(host).plan(decided.args, decided.gone)
+        left: Plan = _boot.find_boot_loader(host).plan(decided.args, decided.gone)
         if left.changed:
             raise HostError(
-                "The boot entries do not have the arguments they should have; another file in /etc/default/grub.d or "
-                f"/etc/grub.d probably overrides them. Still to be done: {'; '.join(left.summary())}."
+                "The boot entries do not have the arguments they should have; another file of the boot loader's "
+                f"configuration probably overrides them. Still to be done: {'; '.join(left.summary())}."
             )
     return {}
 

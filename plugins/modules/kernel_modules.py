@@ -17,6 +17,10 @@ description:
   - At boot the modules are loaded at the same time as udev goes through the devices, not before. That does not decide
     which driver a device gets; its driver override does, see M(iommufd.host.vfio_bind).
   - A module that is built into the kernel needs no loading and is left out.
+  - Entries of C(vfio_virqfd), which no kernel since 6.2 has, are made comments where no installed kernel has it, in
+    C(/etc/modules), C(/etc/modules-load.d), C(/etc/initramfs-tools/modules), and the configuration of dracut and
+    mkinitcpio. The latter two fail on it, and the next kernel would have no initramfs. O(state=absent) puts the entries
+    back.
 options:
   names:
     description:

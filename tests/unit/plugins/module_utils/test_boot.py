@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 import pathlib
+import struct
 
 import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _boot
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
-from ansible_collections.iommufd.host.plugins.module_utils._files import own_header
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
 DROP_IN = "/etc/default/grub.d/60-iommufd-host.cfg"
@@ -51,7 +52,9 @@ class Debian(Host):
         (root / "usr/sbin/grub-mkconfig").chmod(0o755)
         self.put("/proc/sys/kernel/osrelease", "6.12\n")
         self.put("/proc/cmdline", f"BOOT_IMAGE=/boot/vmlinuz-6.12 root=UUID=1 ro {linux} {default}\n")
-        self.kernel("CONFIG_INTEL_IOMMU_DEFAULT_ON_INTGPU_OFF=y\n")
+        self.kernel(
+            "CONFIG_INTEL_IOMMU=y\nCONFIG_INTEL_IOMMU_DEFAULT_ON_INTGPU_OFF=y\nCONFIG_AMD_IOMMU=y\nCONFIG_VIRTIO_IOMMU=m\nCONFIG_ARM_SMMU_V3=y\n"
+        )
         if table:
             self.put(f"/sys/firmware/acpi/tables/{table}")
 
@@ -122,7 +125,7 @@ def test_a_second_run_has_nothing_to_do_and_the_reboot_stays_due(tmp_path: pathl
 
 def test_a_run_killed_before_the_entries_were_written_writes_them(tmp_path: pathlib.Path) -> None:
     host = Debian(tmp_path)
-    host.kernel("")
+    host.kernel("CONFIG_INTEL_IOMMU=y\n")
     decided = _boot.decide_present(host, [], True)
     host.put(DROP_IN, decided.plan.steps[0].after)
     assert _boot.decide_present(host, [], True).plan.summary() == [f"write the boot entries ({CONFIG})"]
@@ -134,7 +137,7 @@ def test_a_run_killed_before_the_entries_were_written_writes_them(tmp_path: path
 
 def test_an_argument_that_others_have_configured_is_not_added_again(tmp_path: pathlib.Path) -> None:
     host = Debian(tmp_path, linux="intel_iommu=on")
-    host.kernel("")
+    host.kernel("CONFIG_INTEL_IOMMU=y\n")
     decided = _boot.decide_present(host, ["quiet"], True)
     assert decided.args == []
     assert decided.plan.summary() == []
@@ -142,7 +145,7 @@ def test_an_argument_that_others_have_configured_is_not_added_again(tmp_path: pa
 
 def test_one_entry_without_it_is_enough_to_write_them_all(tmp_path: pathlib.Path) -> None:
     host = Debian(tmp_path)
-    host.kernel("")
+    host.kernel("CONFIG_INTEL_IOMMU=y\n")
     decided = _boot.decide_present(host, [], True)
     applied(host, decided, "", "quiet intel_iommu=on")  # the recovery entry lacks it
     assert _boot.decide_present(host, [], True).plan.summary() == [f"write the boot entries ({CONFIG})"]
@@ -212,16 +215,18 @@ def test_a_foreign_file_at_our_path_is_left_alone(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("files", "name"),
+    ("files", "says"),
     [
-        (["/usr/bin/grubby"], "grubby"),
-        (["/boot/efi/loader/loader.conf"], "systemd-boot"),
-        (["/etc/zipl.conf"], "zipl"),
+        (["/run/ostree-booted"], "rpm-ostree kargs"),
+        (["/etc/default/u-boot"], "U-Boot"),
+        (["/boot/extlinux/extlinux.conf"], "extlinux"),
+        (["/boot/grub2/grub.cfg"], "GRUB without"),
+        (["/usr/bin/grubby", "/boot/loader/loader.conf"], "not known"),
         ([], "not known"),
     ],
 )
 def test_other_boot_loaders_are_named_and_only_matter_where_something_is_needed(
-    tmp_path: pathlib.Path, files: list[str], name: str
+    tmp_path: pathlib.Path, files: list[str], says: str
 ) -> None:
     host = Debian(tmp_path)
     (tmp_path / CONFIG[1:]).unlink()
@@ -229,31 +234,8 @@ def test_other_boot_loaders_are_named_and_only_matter_where_something_is_needed(
         host.put(path)
         (tmp_path / path[1:]).chmod(0o755)
     assert _boot.decide_present(host, [], True).loader is None
-    with pytest.raises(HostError, match=f"{name}.*By hand|{name}.*by hand: nosmt"):
+    with pytest.raises(HostError, match=f"{says}.*by hand: nosmt"):
         _boot.decide_present(host, ["nosmt"], True)
-
-
-@pytest.mark.parametrize("value", ["a b", 'x="y"', "$(reboot)", "", "=on", "a;b"])
-def test_arguments_that_would_not_arrive_are_refused(value: str) -> None:
-    with pytest.raises(OptionError, match=r"args\[1\]"):
-        _boot.check_arguments("args", ["intel_iommu=on", value])
-    _boot.check_arguments("args", ["vfio-pci.disable_vga=1", "console=ttyS0,115200n8", "nosmt"])
-
-
-@pytest.mark.parametrize(
-    ("line", "wanted", "missing"),
-    [
-        ("a=1 b", ["a=1"], []),
-        ("a=1 a=2", ["a=1"], ["a=1"]),
-        ("a=2 a=1", ["a=1"], []),
-        ("a-b=1 a_b=2", ["a-b=1"], ["a-b=1"]),
-        ("console=tty0 console=ttyS0", ["console=tty0", "console=ttyS0"], []),
-        ("console=ttyS0 console=tty0", ["console=tty0", "console=ttyS0"], ["console=ttyS0"]),
-        ("", ["a"], ["a"]),
-    ],
-)
-def test_the_last_value_counts(line: str, wanted: list[str], missing: list[str]) -> None:
-    assert _boot.ineffective(line.split(), wanted) == missing
 
 
 def test_drop_ins_of_others_are_read_in_order(tmp_path: pathlib.Path) -> None:
@@ -261,4 +243,63 @@ def test_drop_ins_of_others_are_read_in_order(tmp_path: pathlib.Path) -> None:
     host.put("/etc/default/grub.d/10-x.cfg", 'GRUB_CMDLINE_LINUX="${GRUB_CMDLINE_LINUX} two"  # words\n')
     host.put("/etc/default/grub.d/20-x.cfg", "GRUB_CMDLINE_LINUX='only three'\n")
     host.put("/etc/default/grub.d/30-x.cfg.bak", "GRUB_CMDLINE_LINUX=no\n")
-    assert _boot.Grub(host).foreign() == ["only", "three", "quiet"]
+    assert _boot.Grub(host).foreign() == {"/etc/default/grub": ["only", "three", "quiet"]}
+
+
+def test_past_the_iommu_only_when_asked(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    assert _boot.decide_present(host, [], True).args == []
+    assert _boot.decide_present(host, [], True, passthrough=True).args == ["iommu=pt"]
+    arm = Debian(tmp_path / "arm", table="")
+    arm.put("/sys/class/iommu/smmu3.0x9050000/x")
+    assert _boot.decide_present(arm, [], True, passthrough=True).args == ["iommu.passthrough=1"]
+    assert _boot.decide_present(arm, [], False, passthrough=True).args == ["iommu.passthrough=1"]
+
+
+@pytest.mark.parametrize(("nodes", "kind"), [([0, 2, 4], "SMMUv3"), ([0, 3], "SMMU"), ([0, 1, 2], None), ([], None)])
+def test_the_smmu_of_an_arm_machine_is_in_its_iort(tmp_path: pathlib.Path, nodes: list[int], kind: str | None) -> None:
+    host = Debian(tmp_path, table="")
+    table = b"IORT".ljust(36, b"\0") + struct.pack("<III", len(nodes), 48, 0)
+    for node in nodes:
+        table += struct.pack("<BH", node, 20).ljust(20, b"\0")
+    host.put("/sys/firmware/acpi/tables/IORT")
+    (tmp_path / "sys/firmware/acpi/tables/IORT").write_bytes(table)
+    assert _boot.read_iommu(host, {}).kind == kind
+
+
+def test_a_kernel_without_the_driver_is_told_so(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, table="IVRS")
+    host.kernel("CONFIG_INTEL_IOMMU=y\n")
+    with pytest.raises(HostError, match=r"built without CONFIG_AMD_IOMMU \(/boot/config-6.12\)"):
+        _boot.decide_present(host, [], True)
+    host.groups()  # whatever the file says
+    assert _boot.decide_present(host, [], True).args == []
+
+
+class TestGrubWithoutDropIns:
+    """As SUSE and Arch have it."""
+
+    @pytest.fixture
+    def host(self, tmp_path: pathlib.Path) -> Debian:
+        host = Debian(tmp_path, default="quiet intel_iommu=off")
+        host.put("/usr/sbin/grub-mkconfig", ". /etc/default/grub")
+        host.put("/usr/sbin/grub2-mkconfig", ". /etc/default/grub")
+        (tmp_path / "usr/sbin/grub2-mkconfig").chmod(0o755)
+        (tmp_path / "boot/grub2").mkdir()
+        (tmp_path / CONFIG[1:]).rename(tmp_path / "boot/grub2/grub.cfg")
+        return host
+
+    def test_marked_lines_at_the_end(self, host: Debian) -> None:
+        before = (host.base / "etc/default/grub").read_bytes()
+        decided = _boot.decide_present(host, [], True)
+        assert decided.plan.summary() == ["write /etc/default/grub", "write the boot entries (/boot/grub2/grub.cfg)"]
+        after = decided.plan.steps[0].after
+        assert after == before.decode() + (
+            f'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX intel_iommu=on"  # {OWN_MARK}\n'
+            f'GRUB_CMDLINE_LINUX_DEFAULT="$GRUB_CMDLINE_LINUX_DEFAULT intel_iommu=on"  # {OWN_MARK}\n'
+        )
+        host.put("/etc/default/grub", after)
+        again = _boot.decide_present(host, [], True)
+        assert (again.args, again.loader and again.loader.owned()) == (["intel_iommu=on"], ["intel_iommu=on"])
+        assert again.plan.summary() == ["write the boot entries (/boot/grub2/grub.cfg)"]
+        assert _boot.decide_absent(host, []).plan.steps[0].after == before.decode()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 import subprocess
 import typing as t
 
@@ -109,7 +110,9 @@ def test_a_fresh_stock_kernel(host: Debian) -> None:
     planned = present(host)
     assert [kernel.state for kernel in planned.kernels] == ["missing"]
     summary = planned.plan.summary()
-    assert summary[0] == (f"install the packages dkms linux-source-6.12 linux-headers-{RELEASE} linux-headers-amd64")
+    assert summary[0] == (
+        f"install the packages dkms linux-source-6.12 linux-headers-{RELEASE} linux-headers-amd64 linux-source"
+    )
     assert summary[-2:] == [
         "take iommufd and vfio of Linux 6.12 out of /usr/src/linux-source-6.12.tar.xz",
         f"build and install iommufd and vfio for kernel {RELEASE} with DKMS",
@@ -120,6 +123,67 @@ def test_a_fresh_stock_kernel(host: Debian) -> None:
 def test_the_metapackage_of_headers_comes_only_with_that_of_the_image(host: Debian) -> None:
     host.kernel()
     assert "linux-headers-amd64" not in present(host).installs
+
+
+def test_the_next_series_comes_with_its_sources_but_for_backports(host: Debian) -> None:
+    host.kernel("7.2.12+deb13-amd64")
+    host.put("/proc/sys/kernel/osrelease", "7.2.12+deb13-amd64\n")
+    stanza = "Package: linux-image-amd64\nStatus: install ok installed\nVersion: 7.2.12-1{}\n"
+    host.put("/var/lib/dpkg/status", stanza.format(""))
+    assert {"linux-source", "linux-source-7.2", "linux-headers-amd64"} <= set(present(host).installs)
+    host.put("/var/lib/dpkg/status", stanza.format("~bpo13+1"))
+    assert {"linux-source-7.2", "linux-headers-amd64"} <= set(present(host).installs)
+    assert "linux-source" not in present(host).installs
+
+
+def test_an_initramfs_that_shall_hold_vfio_is_made_anew(host: Debian) -> None:
+    host.complete()
+    host.put("/etc/initramfs-tools/modules", "# vfio\n")
+    for name in ("mkinitramfs", "update-initramfs"):
+        host.put(f"/usr/sbin/{name}")
+        (host.base / f"usr/sbin/{name}").chmod(0o755)
+    host.put(f"/boot/initrd.img-{RELEASE}")
+    anew = f"make /boot/initrd.img-{RELEASE} anew, which holds vfio"
+    assert anew not in _dkms.plan_absent(host).plan.summary()
+    host.put("/etc/initramfs-tools/modules", "vfio_pci ids=10de:1b80\n")
+    assert present(host).plan.summary() == []
+    assert anew in _dkms.plan_absent(host).plan.summary()
+    host.kernel(headers=True)
+    assert present(host).plan.summary()[-1] == anew
+
+
+@pytest.mark.parametrize(
+    ("enabled", "certificate", "enrolled", "says"),
+    [
+        (None, None, None, None),
+        (False, "/x.pub", False, None),
+        (True, "/x.pub", True, None),
+        (True, "/x.pub", False, r"not enrolled.*mokutil --import /x.pub"),
+        (True, "/x.pub", None, r"may not be enrolled.*mokutil --import /x.pub"),
+        (True, None, None, "no key"),
+    ],
+)
+def test_what_secure_boot_wants_of_a_person(
+    enabled: bool | None, certificate: str | None, enrolled: bool | None, says: str | None
+) -> None:
+    warning = _dkms.SecureBoot(enabled, certificate, enrolled).warning
+    assert (warning is None) == (says is None)
+    assert says is None or (warning is not None and re.search(says, warning))
+
+
+def test_a_key_that_is_not_enrolled_is_warned_of_at_every_run(host: Debian) -> None:
+    host.complete()
+    path = host.base / "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x06\0\0\0\x01")
+    for name in ("openssl", "mokutil"):
+        host.put(f"/usr/bin/{name}")
+        (host.base / f"usr/bin/{name}").chmod(0o755)
+    host.put("/var/lib/dkms/mok.pub")
+    planned = present(host)
+    assert (planned.plan.summary(), len(planned.warnings)) == ([], 1)
+    _dkms.look_again(host, planned)
+    assert len(planned.warnings) == 1
 
 
 def test_a_complete_host_needs_nothing_and_asks_nobody(host: Debian) -> None:
