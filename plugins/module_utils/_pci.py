@@ -12,7 +12,7 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._host import Directory, Host
 
 DEVICES = "/sys/bus/pci/devices"
 
@@ -113,6 +113,7 @@ class Function:
         reset_methods: names that the kernel would try, in order ("flr", "bus"); None before Linux 5.15.
         bars: {index, kind ("memory" or "io"), size (bytes), prefetchable, wide (64 bits)} of those in use.
         path: its real directory ("/sys/devices/pci0000:00/…"), which shows the bridges above it.
+        entries: names of what that directory holds.
     """
 
     address: str
@@ -134,6 +135,7 @@ class Function:
     reset_methods: list[str] | None = None
     bars: list[dict[str, t.Any]] | None = None
     path: str | None = None
+    entries: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
 
     @property
     def vfio_device(self) -> str | None:
@@ -200,14 +202,8 @@ def read_functions(host: Host) -> list[Function]:
 
 
 def _read(host: Host, address: str, path: str) -> Function:
-    present = set(host.listdir(path))
-
-    def line(name: str) -> str | None:
-        return host.read_line(f"{path}/{name}") if name in present else None
-
-    def link(name: str) -> str | None:
-        return host.link_name(f"{path}/{name}") if name in present else None
-
+    directory = host.directory(path)
+    line = directory.line
     modalias = line("modalias")
     spoken = _MODALIAS.fullmatch(modalias or "")
 
@@ -227,21 +223,23 @@ def _read(host: Host, address: str, path: str) -> Function:
         class_id=number("class", 6, "base", "sub", "interface"),
         revision=_hex(line("revision"), 2),
         modalias=modalias if spoken is not None else None,
-        driver=link("driver"),
+        driver=directory.link_name("driver"),
         # drivers/pci/pci-sysfs.c prints a null pointer as "(null)".
         driver_override=None if override in (None, "(null)") else override,
-        iommu_group=_decimal(link("iommu_group")),
+        iommu_group=_decimal(directory.link_name("iommu_group")),
         numa_node=_decimal(line("numa_node")),
-        sriov=_read_sriov(host, path, present),
+        sriov=_read_sriov(directory),
         boot_vga={"0": False, "1": True}.get(line("boot_vga") or ""),
         path=path,
+        entries=directory.names,
     )
-    methods = line("reset_method")
-    if "reset_method" in present:
-        function.reset_methods = methods.split() if methods else []
-    if "resource" in present:
-        function.bars = _parse_resources(host.read_text(f"{path}/resource", 8192))
-    if "vfio-dev" in present:
+    if "reset_method" in directory:
+        # An empty file says that there is none; one that cannot be read says nothing.
+        methods = directory.text("reset_method", 4096)
+        function.reset_methods = None if methods is None else methods.split()
+    if "resource" in directory:
+        function.bars = _parse_resources(directory.text("resource", 4096))
+    if "vfio-dev" in directory:
         function.vfio_name, function.vfio_number = _read_vfio(host, path)
     return function
 
@@ -262,19 +260,17 @@ def _decimal(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
-def _read_sriov(host: Host, path: str, present: set[str]) -> Sriov | None:
-    if "physfn" in present:
-        name = host.link_name(f"{path}/physfn")
+def _read_sriov(directory: Directory) -> Sriov | None:
+    if "physfn" in directory:
+        name = directory.link_name("physfn")
         return Sriov(physfn=name) if name is not None and is_address(name) else None
-    if "sriov_totalvfs" not in present:
+    if "sriov_totalvfs" not in directory:
         return None
-    virtual = sorted(
-        (name for name in present if re.fullmatch(r"virtfn[0-9]{1,5}", name)), key=lambda name: int(name[6:])
-    )
-    links = [host.link_name(f"{path}/{name}") for name in virtual]
+    virtual = [name for name in directory.names if name.startswith("virtfn") and _decimal(name[6:]) is not None]
+    links = [directory.link_name(name) for name in sorted(virtual, key=lambda name: int(name[6:]))]
     return Sriov(
-        total_vfs=_decimal(host.read_line(f"{path}/sriov_totalvfs")),
-        num_vfs=_decimal(host.read_line(f"{path}/sriov_numvfs")),
+        total_vfs=_decimal(directory.line("sriov_totalvfs")),
+        num_vfs=_decimal(directory.line("sriov_numvfs")),
         vfs=[name for name in links if name is not None and is_address(name)],
     )
 
