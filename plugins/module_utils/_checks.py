@@ -159,7 +159,10 @@ def _iommu_enabled(survey: Survey) -> Check:
         )
     remedy = "Turn on the IOMMU in the firmware setup (Intel: VT-d; AMD: IOMMU or AMD-Vi; Arm: SMMU)"
     intel = _intel(survey)
-    if intel is not False:
+    if intel:
+        argument = add_argument(_family(survey), "intel_iommu=on")
+        remedy = f"Turn on VT-d in the firmware setup, and {argument}: many kernels leave it off without that argument"
+    elif intel is None:
         remedy += f"; with an Intel processor also {add_argument(_family(survey), 'intel_iommu=on')}"
     seen = "and the firmware describes none" if iommu.get("firmware_known") else "and the kernel made no groups"
     return Check(name, FAIL, f"The IOMMU is off, {seen}. Without it no device can be given to a guest.", f"{remedy}.")
@@ -190,8 +193,12 @@ _UNIT_OPTIONS = {
 
 
 def _intel(survey: Survey) -> bool | None:
+    """Whether the processor is Intel's, by its own word or else by the maker of the host bridge; None: not known."""
     vendor = (survey.get("kernel") or {}).get("cpu_vendor")
-    return None if vendor is None else vendor == "GenuineIntel"
+    if vendor is not None:
+        return bool(vendor == "GenuineIntel")
+    bridges = {one["vendor_id"] for one in survey.get("devices") or [] if (one["class_id"] or "").startswith("0x0600")}
+    return "0x8086" in bridges if bridges else None
 
 
 def _interrupt_remapping(survey: Survey) -> Check:
@@ -240,7 +247,7 @@ def _module(survey: Survey, name: str) -> t.Mapping[str, t.Any]:
 def _option(survey: Survey, name: str) -> str | None:
     """A kernel option: "y", "m" or "n", or None where the configuration is not known."""
     config = (survey.get("kernel") or {}).get("config")
-    return None if config is None else t.cast("t.Optional[str]", config["options"].get(name, "n"))
+    return None if config is None else t.cast("str | None", config["options"].get(name, "n"))
 
 
 def _kernel_iommufd(survey: Survey) -> Check:
@@ -263,8 +270,8 @@ def _kernel_iommufd(survey: Survey) -> Check:
         return Check(
             name,
             WARN,
-            f"The kernel {kernel_words} has the module iommufd{beside if module.get('dkms') else ''}, but it is not loaded; "
-            "opening /dev/iommu never loads it.",
+            f"The kernel {kernel_words} has the module iommufd{beside if module.get('dkms') else ''}, but it is not "
+            "loaded; opening /dev/iommu never loads it.",
             "Run `modprobe iommufd`, and write `iommufd` to /etc/modules-load.d/iommufd.conf for the next boot.",
         )
     if option == "n":
@@ -545,10 +552,10 @@ def _qemu_iommufd(survey: Survey) -> Check:
             return Check(name, FAIL, f"QEMU does not run: {problems}.", remedy)
         if survey.get("live"):  # then none was worth asking
             return Check(name, FAIL, "There is no QEMU for this host's own architecture.", remedy)
-        package = survey.get("qemu_package")
-        numbers = _release_numbers(package)
+        installed = survey.get("qemu_package")
+        numbers = _release_numbers(installed)
         if numbers is not None and numbers < (9, 0) and not _backports(survey):
-            return Check(name, FAIL, f"QEMU {package} is older than its iommufd, which came with 9.0.", remedy)
+            return Check(name, FAIL, f"QEMU {installed} is older than its iommufd, which came with 9.0.", remedy)
         return Check(name, SKIP, f"{', '.join(one['path'] for one in binaries)} can only be asked on the running host.")
     listed = ", ".join(f"{one['path']} {one['version']}" for one in asked)
     return Check(name, FAIL, f"Built without iommufd: {listed}.", remedy)
