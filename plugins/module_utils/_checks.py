@@ -124,7 +124,7 @@ def _iommu_enabled(survey: Survey) -> Check:
     table = iommu.get("firmware")
     if table in _UNIT_OPTIONS:
         unit, option, why = _UNIT_OPTIONS[table]
-        if _option(survey, option) == "n":
+        if ((kernel.get("config") or {}).get("options") or {}).get(option) == "n":
             return Check(
                 name,
                 FAIL,
@@ -197,7 +197,8 @@ def _intel(survey: Survey) -> bool | None:
     vendor = (survey.get("kernel") or {}).get("cpu_vendor")
     if vendor is not None:
         return bool(vendor == "GenuineIntel")
-    bridges = {one["vendor_id"] for one in survey.get("devices") or [] if (one["class_id"] or "").startswith("0x0600")}
+    devices = survey.get("devices") or []
+    bridges = {one["vendor_id"] for one in devices if (one.get("class_id") or "").startswith("0x0600")}
     return "0x8086" in bridges if bridges else None
 
 
@@ -276,7 +277,7 @@ def _kernel_iommufd(survey: Survey) -> Check:
         )
     if option == "n":
         return Check(name, FAIL, *_without_iommufd(survey, str(release)))
-    if option == "m" and state == "missing":
+    if option == "m" and kernel.get("modules") is not None and state != "unknown":
         return Check(
             name,
             FAIL,
@@ -455,7 +456,7 @@ def _node_permissions(survey: Survey) -> Check:
             "`udevadm control --reload && udevadm trigger` for the node. The role iommufd.host.access sets it right.",
         )
     owners = sorted({f"{node['owner']}:{node['group']} {node['mode']}" for node in ours})
-    lists = sorted({entry for node in ours for entry in node["acl_entries"]})
+    lists = sorted({entry for node in ours for entry in node.get("acl_entries") or []})
     beside = f", and by access lists {', '.join(lists)}" if lists else ""
     return Check(name, OK, f"Only their owners may open the nodes: {', '.join(owners)}{beside}.")
 
@@ -570,7 +571,7 @@ def _libvirt_iommufd(survey: Survey) -> Check:
         return Check(name, SKIP, "The version of libvirt is not known.")
     if libvirt["can_pass_iommufd"]:
         return Check(name, OK, f"libvirt {libvirt['version']} opens /dev/iommu itself and passes the descriptor.")
-    if libvirt["capability_source"] == "domcapabilities":
+    if libvirt.get("capability_source") == "domcapabilities":
         return Check(
             name,
             WARN,
@@ -663,7 +664,7 @@ def _memlock(survey: Survey) -> Check:
         return Check(name, SKIP, "The tree has no /etc/security.")
     if nodes is None:
         return Check(name, SKIP, "The tree has no /dev, so nobody can be named who would need a limit.")
-    limits = [one for one in known if one["type"] not in ("unit", "default")]
+    limits = [one for one in known if one.get("type") not in ("unit", "default")]
     node = nodes.get("iommu")
     words = ", ".join(f"{one['domain']} {_size(one['kib'])} ({one['file']})" for one in limits)
     if node is None or node["group"] == "root" or not int(node["mode"], 8) & 0o020:

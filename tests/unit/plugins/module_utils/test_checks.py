@@ -21,13 +21,17 @@ NODE = {
     "links": [],
     "label": None,
     "acl": False,
+    "acl_entries": [],
 }
 MODULE = {"name": "iommufd", "state": "loaded", "path": "/m/updates/dkms/iommufd.ko.xz", "dkms": True}
 
 READY: dict[str, t.Any] = {
+    "live": True,
     "distribution": {"id": "debian", "family": "debian"},
     "kernel": {
         "release": "6.12.95+deb13-amd64",
+        "release_source": "running",
+        "virtual_machine": False,
         "architecture": "x86_64",
         "cpu_vendor": "GenuineIntel",
         "virtualization": "vmx",
@@ -55,6 +59,7 @@ READY: dict[str, t.Any] = {
     "libvirt": {
         "version": "12.8.0",
         "can_pass_iommufd": True,
+        "capability_source": "version",
         "device_acl": ["/dev/null"],
         "device_acl_source": "default",
     },
@@ -104,13 +109,18 @@ def test_the_ids_are_stable() -> None:
         "libvirt.iommufd",
         "libvirt.acl",
         "security.apparmor",
+        "security.selinux",
         "memlock",
     ]
 
 
 def test_a_host_that_is_ready() -> None:
     assert {check.id: check.status for check in run_checks(READY) if check.status not in ("ok", "skip")} == {}
-    assert [check.id for check in run_checks(READY) if check.status == "skip"] == ["libvirt.acl", "security.apparmor"]
+    assert [check.id for check in run_checks(READY) if check.status == "skip"] == [
+        "libvirt.acl",
+        "security.apparmor",
+        "security.selinux",
+    ]
 
 
 def test_nothing_known_is_nothing_claimed() -> None:
@@ -276,7 +286,7 @@ def test_qemu(values: dict[str, t.Any], expected: str) -> None:
 
 def test_a_qemu_that_nobody_could_ask() -> None:
     one = {**READY["qemu"][0], "iommufd": None, "version": None}
-    assert status("qemu.iommufd", qemu=[one], kernel__architecture=None)[0] == "skip"
+    assert status("qemu.iommufd", qemu=[one], live=False)[0] == "skip"
 
 
 def test_an_older_libvirt_needs_the_acl_and_apparmor() -> None:
