@@ -20,6 +20,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._openvswitch import b
 
 NET = "/sys/class/net"
 
+# The interface that stands for the datapath of Open vSwitch in the kernel; each of its ports has it as master.
+DATAPATH = "ovs-system"
+
 # include/uapi/linux/ipv6_route.h: entries of the local table, which every address brings along.
 _RTF_LOCAL = 0x80000000
 _RTF_ANYCAST = 0x00100000
@@ -90,7 +93,7 @@ class Network:
         for entry, kind in (("bonding", "bond"), ("bridge", "bridge"), ("macvtap", "macvtap")):
             if entry in entries:
                 return kind
-        if name == "ovs-system":
+        if name == DATAPATH:
             return "ovs"
         told = self._told.get(name, {}).get("linkinfo", {}).get("info_kind")
         if told in _KINDS:

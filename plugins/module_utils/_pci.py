@@ -26,6 +26,11 @@ _MODALIAS = re.compile(
     r"bc(?P<base>[0-9A-F]{2})sc(?P<sub>[0-9A-F]{2})i(?P<interface>[0-9A-F]{2})"
 )
 
+# Where a tree without /sys/bus is searched: host bridges lie at most so deep below other devices, and not below these.
+_HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
+_DEEPEST = 5
+_NO_BUSES = ("virtual", "system", "breakpoint", "cpu", "software", "tracepoint", "pnp0", "power")
+
 # include/linux/ioport.h: flags in the third column of the attribute `resource`.
 _IORESOURCE_IO = 0x100
 _IORESOURCE_MEM = 0x200
@@ -180,6 +185,27 @@ def list_addresses(host: Host) -> list[str]:
     return sorted(filter(is_address, host.listdir(DEVICES)), key=address_key)
 
 
+def _find(host: Host) -> dict[str, str]:
+    """Directories of the functions of a tree that has no /sys/bus, by address.
+
+    They lie below a host bridge ("pci0000:00"), itself at the top or below devices of other buses.
+    """
+    found: dict[str, str] = {}
+    todo = [("/sys/devices", 0)]
+    while todo:
+        path, depth = todo.pop()
+        for name in host.listdir(path):
+            here = f"{path}/{name}"
+            if is_address(name):
+                found[name] = here
+                todo.append((here, _DEEPEST))
+            elif _HOST_BRIDGE.fullmatch(name):
+                todo.append((here, _DEEPEST))
+            elif depth < _DEEPEST and name not in _NO_BUSES and host.readlink(here) is None:
+                todo.append((here, depth + 1))
+    return found
+
+
 def read_function(host: Host, address: str) -> Function | None:
     """One function, or None where the host has no such address.
 
@@ -193,12 +219,11 @@ def read_function(host: Host, address: str) -> Function | None:
 
 def read_functions(host: Host) -> list[Function]:
     """All functions, in the order of their addresses, each directory read once."""
-    functions = []
-    for address in list_addresses(host):
-        function = read_function(host, address)
-        if function is not None:
-            functions.append(function)
-    return functions
+    addresses = list_addresses(host)
+    if addresses or host.live:
+        return [one for one in (read_function(host, address) for address in addresses) if one is not None]
+    found = _find(host)
+    return [_read(host, address, found[address]) for address in sorted(found, key=address_key)]
 
 
 def _read(host: Host, address: str, path: str) -> Function:

@@ -16,7 +16,7 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
-from ansible_collections.iommufd.host.plugins.module_utils._network import Network, ask_interfaces, other_namespaces
+from ansible_collections.iommufd.host.plugins.module_utils._network import DATAPATH, Network, ask_interfaces, other_namespaces
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, is_address, read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._processes import Guest, read_guest, read_processes
 from ansible_collections.iommufd.host.plugins.module_utils._storage import Storage
@@ -148,7 +148,8 @@ class _Search:
                 top, way = chain[-1], " > ".join(chain)
                 if len(chain) > 1:
                     kind = network.kinds.get(top) or "upper"
-                    self._note(addresses, Use(kind, top, f"{way}: part of the {_LAYER.get(kind, 'interface')} {top}"))
+                    layer = "Open vSwitch datapath" if top == DATAPATH else _LAYER.get(kind, "interface")
+                    self._note(addresses, Use(kind, top, f"{way}: part of the {layer} {top}"))
                 for one in network.addresses.get(top, ()):
                     self._note(addresses, Use("address", one, f"{way} has the address {one}"))
                 routes = network.routes.get(top, [])

@@ -22,18 +22,47 @@ from bench import CHECKOUT, Row, alternate
 FUNCTIONS = 4096
 
 # What the survey reads of a function and of a group, and nothing more.
-ATTRIBUTES = (
-    "modalias vendor device subsystem_vendor subsystem_device class revision driver_override numa_node boot_vga "
-    "reset_method resource sriov_totalvfs sriov_numvfs"
-).split()
+ATTRIBUTES = [
+    "modalias",
+    "vendor",
+    "device",
+    "subsystem_vendor",
+    "subsystem_device",
+    "class",
+    "revision",
+    "driver_override",
+    "numa_node",
+    "boot_vga",
+    "reset_method",
+    "resource",
+    "sriov_totalvfs",
+    "sriov_numvfs",
+]
 LINKS = ("driver", "iommu_group", "physfn")
 
 # What else the kernel puts into a function's directory.
-_OTHERS = (
-    "ari_enabled broken_parity_status config consistent_dma_mask_bits current_link_speed current_link_width "
-    "d3cold_allowed dma_mask_bits enable irq local_cpulist local_cpus max_link_speed max_link_width msi_bus "
-    "power_state remove rescan reset uevent"
-).split()
+_OTHERS = [
+    "ari_enabled",
+    "broken_parity_status",
+    "config",
+    "consistent_dma_mask_bits",
+    "current_link_speed",
+    "current_link_width",
+    "d3cold_allowed",
+    "dma_mask_bits",
+    "enable",
+    "irq",
+    "local_cpulist",
+    "local_cpus",
+    "max_link_speed",
+    "max_link_width",
+    "msi_bus",
+    "power_state",
+    "remove",
+    "rescan",
+    "reset",
+    "uevent",
+]
 
 PLAIN = """\
 import os, sys

@@ -92,6 +92,17 @@ def furnish(machine: Machine) -> None:
     machine.file("/proc/9/status", "Name:\tqemu\nUid:\t64055\t64055\t64055\t64055\n")
     machine.file("/proc/9/limits", "Max locked memory         8388608              8388608              bytes\n")
     machine.file("/usr/bin/qemu-system-x86_64", b"\x7fELF")
+    machine.file(f"/run/udev/data/b{machine.number('nvme0n1')}", "S:disk/by-id/one\nE:ID_FS_TYPE=zfs_member\n")
+    machine.file("/etc/zfs/zpool.cache", b"\1\1\0\0" + bytes(8) + b"\0\0\0\x30" * 30)
+    machine.file("/etc/openvswitch/conf.db", b'OVSDB JSON 16 0\n{"Bridge":{"b":{}}}\n')
+    machine.file("/proc/spl/kstat/zfs/tank/state", "ONLINE\n")
+    machine.file("/proc/mdstat", "md0 : active raid1 nvme0n1[0]\n")
+    machine.file("/proc/misc", "124 iommu\n")
+    machine.file("/proc/net/vlan/config", "VLAN Dev name | VLAN ID\nbr0 | 7 | eth0\n")
+    machine.file("/boot/grub2/grubenv", "saved_entry=x\n")
+    machine.file("/etc/systemd/system/libvirtd.service", "[Service]\nLimitMEMLOCK=64M:infinity\n")
+    machine.file("/usr/lib/sysimage/rpm/rpmdb.sqlite", b"SQLite format 3\0" + bytes(100))
+    machine.file("/installed-rpms", "libvirt-12.1.0-1.x86_64 x\n")
     machine.at("/usr/bin/qemu-system-x86_64").chmod(0o755)
 
 
@@ -107,7 +118,7 @@ def test_a_machine_with_everything(machine: Machine) -> None:
     ]
     for device in result["devices"]:
         assert set(device) >= CONTRACT
-    assert [use["kind"] for use in result["devices"][1]["in_use"]] == ["swap", "lvm", "mount"]
+    assert [use["kind"] for use in result["devices"][1]["in_use"]] == ["zfs", "swap", "lvm", "mount"]
     assert result["devices"][3]["vfio_drivers"] == ["vfio_pci"]
     assert result["groups"][1] == {
         "number": 2,
@@ -142,6 +153,12 @@ def test_a_machine_with_everything(machine: Machine) -> None:
     assert result["memlock"] == [
         {"domain": "@kvm", "type": "-", "kib": None, "file": "/etc/security/limits.d/kvm.conf"},
         {"domain": "x", "type": "hard", "kib": 64, "file": "/etc/security/limits.d/kvm.conf"},
+        {
+            "domain": "libvirtd.service",
+            "type": "unit",
+            "kib": 65536,
+            "file": "/etc/systemd/system/libvirtd.service",
+        },
     ]
 
 
@@ -179,7 +196,7 @@ DAMAGE = st.one_of(
     st.just(b"a" * (5 << 20)),
     st.binary(max_size=60),
     st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.sampled_from(["gone", "directory", "unreadable", "loop", "dangling", "fifo", "truncated"]),
+    st.sampled_from(["gone", "directory", "unreadable", "loop", "dangling", "fifo", "huge", "truncated"]),
 )
 
 
@@ -218,6 +235,9 @@ def _damage(path: pathlib.Path, how: bytes | str) -> None:
         path.symlink_to("/no/such/thing")
     elif how == "fifo":
         os.mkfifo(path)
+    elif how == "huge":  # sparse: only reading it would cost
+        path.write_bytes(whole)
+        os.truncate(path, 1 << 30)
     elif how == "truncated":
         path.write_bytes(whole[: len(whole) // 2])
 
