@@ -16,7 +16,12 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
-from ansible_collections.iommufd.host.plugins.module_utils._network import DATAPATH, Network, ask_interfaces, other_namespaces
+from ansible_collections.iommufd.host.plugins.module_utils._network import (
+    DATAPATH,
+    Network,
+    ask_interfaces,
+    other_namespaces,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, is_address, read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._processes import Guest, read_guest, read_processes
 from ansible_collections.iommufd.host.plugins.module_utils._storage import Storage

@@ -15,7 +15,8 @@ description:
   - Reads everything that decides whether guests can have PCI devices of a host over C(/dev/iommu), and changes nothing.
   - >-
     Tells for each device what the host itself uses it for, through every layer (partitions, RAID, LVM, encryption,
-    ZFS, images; bonds, bridges, VLANs), which processes and guests have it open, and which checks a host fails, with a remedy for its distribution.
+    ZFS, images; bonds, bridges, VLANs), which processes and guests have it open, and which checks a host fails, with a
+    remedy for its distribution.
   - With O(root), a captured tree (an unpacked report, an image, another container's view) is surveyed like a live host.
     What it lacks is null, and a check that cannot be decided without it is V(skip).
 extends_documentation_fragment:
@@ -89,14 +90,13 @@ kernel:
       type: str
     config:
       description:
-        - RV(kernel.config.source) and RV(kernel.config.options), each V(y), V(m), V(n) or its value; null where a
-          truncated file does not tell.
+        - The file that it was read from (C(source)), and the C(options), each V(y), V(m), V(n) or its value; null where
+          a truncated file does not tell.
       type: dict
     modules:
       description:
-        - The modules by name. RV(kernel.modules.*.state) is V(loaded), V(builtin), V(available), V(missing), or V(unknown)
-          in a tree without an index of modules; RV(kernel.modules.*.dkms) tells whether the file lies beside the kernel's
-          own.
+        - The modules by name. The C(state) of each is V(loaded), V(builtin), V(available), V(missing), or V(unknown) in a
+          tree without an index of modules. C(dkms) tells whether its file lies beside the kernel's own.
       type: dict
     virtual_machine:
       description: Whether the host is itself a virtual machine; null where it is not known.
@@ -155,7 +155,7 @@ iommu:
 nodes:
   description:
     - The device nodes with owner, group, mode, number, links to them, SELinux label and what an access list grants to
-      others; null where missing. RV(nodes.iommu.expected) is the number that the kernel's device has.
+      others; null where missing. C(expected) is the number that the kernel's device has.
   returned: success
   type: dict
   sample:
@@ -311,9 +311,9 @@ qemu_package:
 libvirt:
   description:
     - libvirt, and the C(cgroup_device_acl) in force. Null where it is not installed.
-    - RV(libvirt.can_pass_iommufd) tells whether it opens C(/dev/iommu) itself. A libvirt that runs is asked
-      (RV(libvirt.capability_source=domcapabilities)), of any other the version decides.
-    - RV(libvirt.user) and RV(libvirt.group) are those that C(qemu.conf) sets for guests.
+    - C(can_pass_iommufd) tells whether it opens C(/dev/iommu) itself. A libvirt that runs is asked
+      (C(capability_source) is V(domcapabilities)), of any other the V(version) decides.
+    - C(user) and C(group) are those that C(qemu.conf) sets for guests.
   returned: success
   type: dict
   sample:
