@@ -95,8 +95,8 @@ kernel:
       type: dict
     modules:
       description:
-        - The modules by name. The C(state) of each is V(loaded), V(builtin), V(available), V(missing), or V(unknown) in a
-          tree without an index of modules. C(dkms) tells whether its file lies beside the kernel's own.
+        - The modules by name. The C(state) of each is V(loaded), V(builtin), V(available), V(missing), or V(unknown) in
+          a tree without an index of modules. C(dkms) tells whether its file lies beside the kernel's own.
       type: dict
     virtual_machine:
       description: Whether the host is itself a virtual machine; null where it is not known.

@@ -14,7 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._libvirt import can_pass, read_libvirt_facts
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt import (
+    can_pass,
+    parse_capabilities,
+    read_libvirt_facts,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._security import read_memlock, read_security
 from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
@@ -302,3 +306,46 @@ def test_security_modules(machine: Machine) -> None:
         "apparmor": {"enabled": None, "libvirt_allows_iommu": False},
         "selinux": {"mode": "enforcing"},
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<domainCapabilities><hostdev supported='yes'></hostdev></domainCapabilities>", False),
+        ("<domainCapabilities>\n<enum name='iommufd'>\n<value>yes</value>\n<value>no</value>\n</enum>", True),
+        ("<domainCapabilities><enum name='iommufd'><value>no</value></enum><value>yes</value>", False),
+        ("error: failed to connect to the hypervisor", None),
+    ],
+)
+def test_what_libvirt_says_of_itself(text: str, answer: bool | None) -> None:
+    assert parse_capabilities(text) is answer
+
+
+def test_whom_guests_of_libvirt_run_as(machine: Machine) -> None:
+    machine.file("/etc/libvirt/qemu.conf", '#user = "x"\n user = "+107"\ngroup="kvm"\nuser = "later"\n')
+    facts = read_libvirt_facts(machine.host)
+    assert facts is not None
+    assert (facts.user, facts.group) == ("107", "kvm")
+
+
+def test_memory_limits_of_units(machine: Machine) -> None:
+    """A drop-in of /etc replaces the one of the same name in /usr; a template's limit counts for all users."""
+    machine.file("/usr/lib/systemd/system/virtqemud.service", "[Service]\nLimitMEMLOCK=64M\n")
+    machine.file("/usr/lib/systemd/system/virtqemud.service.d/10.conf", "[Service]\nLimitMEMLOCK=1G\n")
+    machine.file("/etc/systemd/system/virtqemud.service.d/10.conf", "[Service]\nLimitMEMLOCK=infinity\n")
+    machine.file("/etc/systemd/system.conf", "[Manager]\n#DefaultLimitMEMLOCK=8M\nDefaultLimitMEMLOCK=16777216\n")
+    assert read_memlock(machine.host) == [
+        {"domain": "systemd", "type": "default", "kib": 16384, "file": "/etc/systemd/system.conf"},
+        {
+            "domain": "virtqemud.service",
+            "type": "unit",
+            "kib": 65536,
+            "file": "/usr/lib/systemd/system/virtqemud.service",
+        },
+        {
+            "domain": "virtqemud.service",
+            "type": "unit",
+            "kib": None,
+            "file": "/etc/systemd/system/virtqemud.service.d/10.conf",
+        },
+    ]
