@@ -63,6 +63,7 @@ def run_checks(survey: Survey) -> list[Check]:
         _libvirt_iommufd(survey),
         _libvirt_acl(survey),
         _apparmor(survey),
+        _selinux(survey),
         _memlock(survey),
     ]
 
@@ -113,12 +114,24 @@ def _iommu_enabled(survey: Survey) -> Check:
     kinds = sorted({unit["kind"] for unit in iommu.get("units") or []})
     if groups:
         return Check(name, OK, f"The IOMMU is on: {len(groups)} groups{', ' + ' and '.join(kinds) if kinds else ''}.")
+    if iommu.get("enabled") is None:
+        return Check(name, SKIP, "The tree shows neither IOMMU groups nor PCI functions, so it cannot be told.")
     arguments = kernel.get("arguments") or []
-    off = [one for one in arguments if one in ("iommu=off", "intel_iommu=off", "amd_iommu=off")]
+    off = [one for one in arguments if _TURNED_OFF.fullmatch(one)]
     if off:
         remedy = f"Remove {' and '.join(off)} from the kernel command line, and reboot."
         return Check(name, FAIL, f"The IOMMU is off: the kernel was started with {' and '.join(off)}.", remedy)
     table = iommu.get("firmware")
+    if table in _UNIT_OPTIONS:
+        unit, option, why = _UNIT_OPTIONS[table]
+        if ((kernel.get("config") or {}).get("options") or {}).get(option) == "n":
+            return Check(
+                name,
+                FAIL,
+                f"The IOMMU is off: the firmware describes {unit} (ACPI table {table}), but the kernel "
+                f"{_release(kernel)} was built without CONFIG_{option}.",
+                "Run a kernel of the distribution, or one that was built with that option.",
+            )
     if table == "DMAR":
         remedy = add_argument(_family(survey), "intel_iommu=on")
         return Check(
@@ -131,20 +144,62 @@ def _iommu_enabled(survey: Survey) -> Check:
         return Check(
             name,
             FAIL,
-            f"The IOMMU is off, though the firmware describes one (ACPI table {table}).",
-            "Look for the reason in the kernel log: `dmesg | grep -iE 'iommu|amd-vi|smmu'`.",
+            f"The IOMMU is off, though the firmware describes {unit} (ACPI table {table}).",
+            f"{why} The kernel log has the reason: `dmesg | grep -iE 'iommu|amd-vi|smmu|iort|viot'`.",
+        )
+    if kernel.get("virtual_machine"):
+        return Check(
+            name,
+            FAIL,
+            "The IOMMU is off: this host is itself a virtual machine, and has been given none.",
+            "Give the virtual machine an IOMMU that remaps interrupts: with libvirt <iommu model='intel'><driver "
+            "intremap='on'/></iommu> and <ioapic driver='qemu'/> on a q35 machine, with QEMU -device "
+            "intel-iommu,intremap=on and -machine kernel-irqchip=split. Then "
+            f"{add_argument(_family(survey), 'intel_iommu=on')}.",
         )
     remedy = "Turn on the IOMMU in the firmware setup (Intel: VT-d; AMD: IOMMU or AMD-Vi; Arm: SMMU)"
     intel = _intel(survey)
-    if intel is not False:
+    if intel:
+        argument = add_argument(_family(survey), "intel_iommu=on")
+        remedy = f"Turn on VT-d in the firmware setup, and {argument}: many kernels leave it off without that argument"
+    elif intel is None:
         remedy += f"; with an Intel processor also {add_argument(_family(survey), 'intel_iommu=on')}"
     seen = "and the firmware describes none" if iommu.get("firmware_known") else "and the kernel made no groups"
     return Check(name, FAIL, f"The IOMMU is off, {seen}. Without it no device can be given to a guest.", f"{remedy}.")
 
 
+# "intel_iommu=off", and the same among several values ("intel_iommu=sm_on,off").
+_TURNED_OFF = re.compile(r"(?:iommu|intel_iommu|amd_iommu)=(?:[^,]+,)*off(?:,.*)?")
+
+# What the firmware describes, by its ACPI table: its name, the kernel option of its driver, and what to look at.
+_UNIT_OPTIONS = {
+    "DMAR": ("Intel VT-d", "INTEL_IOMMU", ""),
+    "IVRS": (
+        "AMD-Vi",
+        "AMD_IOMMU",
+        "The kernel turns AMD-Vi on by itself, unless the firmware's table is broken: update the firmware.",
+    ),
+    "IORT": (
+        "its interrupt and memory controllers",
+        "ARM_SMMU_V3",
+        "Turn on the SMMU in the firmware setup, if it is not among them.",
+    ),
+    "VIOT": (
+        "a virtio-iommu",
+        "VIRTIO_IOMMU",
+        "Its driver must be there before those of the devices: put virtio_iommu (and virtio_pci) into the initramfs.",
+    ),
+}
+
+
 def _intel(survey: Survey) -> bool | None:
+    """Whether the processor is Intel's, by its own word or else by the maker of the host bridge; None: not known."""
     vendor = (survey.get("kernel") or {}).get("cpu_vendor")
-    return None if vendor is None else vendor == "GenuineIntel"
+    if vendor is not None:
+        return bool(vendor == "GenuineIntel")
+    devices = survey.get("devices") or []
+    bridges = {one["vendor_id"] for one in devices if (one.get("class_id") or "").startswith("0x0600")}
+    return "0x8086" in bridges if bridges else None
 
 
 def _interrupt_remapping(survey: Survey) -> Check:
@@ -179,6 +234,12 @@ def _interrupt_remapping(survey: Survey) -> Check:
     )
 
 
+def _release(kernel: t.Mapping[str, t.Any]) -> str:
+    """The kernel that a check speaks of, with a word on how it was found where it may not be the one that ran."""
+    beside = {"boot": " (which the boot loader would start)", "newest": " (the newest that is installed)"}
+    return f"{kernel.get('release') or 'here'}{beside.get(kernel.get('release_source') or '', '')}"
+
+
 def _module(survey: Survey, name: str) -> t.Mapping[str, t.Any]:
     modules = (survey.get("kernel") or {}).get("modules") or {}
     return t.cast("t.Mapping[str, t.Any]", modules.get(name) or {})
@@ -187,13 +248,14 @@ def _module(survey: Survey, name: str) -> t.Mapping[str, t.Any]:
 def _option(survey: Survey, name: str) -> str | None:
     """A kernel option: "y", "m" or "n", or None where the configuration is not known."""
     config = (survey.get("kernel") or {}).get("config")
-    return None if config is None else str(config["options"].get(name, "n"))
+    return None if config is None else t.cast("str | None", config["options"].get(name, "n"))
 
 
 def _kernel_iommufd(survey: Survey) -> Check:
     name = "kernel.iommufd"
     kernel = survey.get("kernel") or {}
     release, option = kernel.get("release"), _option(survey, "IOMMUFD")
+    kernel_words = _release(kernel)
     module = _module(survey, "iommufd")
     state, beside = module.get("state"), " (a module beside the kernel's own, such as DKMS builds)"
     node = (survey.get("nodes") or {}).get("iommu")
@@ -209,28 +271,47 @@ def _kernel_iommufd(survey: Survey) -> Check:
         return Check(
             name,
             WARN,
-            f"The kernel {release} has the module iommufd{beside if module.get('dkms') else ''}, but it is not loaded; "
-            "opening /dev/iommu never loads it.",
+            f"The kernel {kernel_words} has the module iommufd{beside if module.get('dkms') else ''}, but it is not "
+            "loaded; opening /dev/iommu never loads it.",
             "Run `modprobe iommufd`, and write `iommufd` to /etc/modules-load.d/iommufd.conf for the next boot.",
         )
     if option == "n":
         return Check(name, FAIL, *_without_iommufd(survey, str(release)))
-    if option == "m":
+    if option == "m" and kernel.get("modules") is not None and state != "unknown":
         return Check(
             name,
             FAIL,
-            f"The kernel {release} was built with iommufd as a module, but the module is not installed.",
+            f"The kernel {kernel_words} was built with iommufd as a module, but the module is not installed.",
             {
                 "debian": f"Install the rest of its modules (on Ubuntu `apt install linux-modules-{release}`).",
                 "redhat": f"`dnf install kernel-modules-{release}`, or kernel-modules-extra-{release}.",
             }.get(_family(survey), "Reinstall the kernel's package, its modules included."),
         )
-    numbers = _release_numbers(release)
-    if numbers is not None and numbers < (6, 2):
+    if option == "m":
         return Check(
-            name, FAIL, f"The kernel {release} is older than iommufd, which came with Linux 6.2.", _newer_kernel(survey)
+            name,
+            SKIP,
+            f"The kernel {kernel_words} has iommufd as a module; the tree does not tell whether it is there.",
+        )
+    numbers = _release_numbers(release)
+    if numbers is not None and numbers < _IOMMUFD_SINCE and not _backports(survey):
+        return Check(
+            name,
+            FAIL,
+            f"The kernel {kernel_words} is older than iommufd, which came with Linux 6.2.",
+            _newer_kernel(survey),
         )
     return Check(name, SKIP, "Neither the kernel's configuration nor its modules are in reach, so it cannot be told.")
+
+
+# Linux 6.2 brought iommufd, 6.6 the character devices of vfio.
+_IOMMUFD_SINCE = (6, 2)
+_CDEV_SINCE = (6, 6)
+
+
+def _backports(survey: Survey) -> bool:
+    """Whether a kernel's number proves nothing: RHEL 9 brought iommufd to 5.14, SLE 15 SP6 has a 6.4 of its own."""
+    return _family(survey) in ("redhat", "suse")
 
 
 def _release_numbers(release: object) -> tuple[int, int] | None:
@@ -244,7 +325,7 @@ def _release_numbers(release: object) -> tuple[int, int] | None:
 def _without_iommufd(survey: Survey, release: str) -> tuple[str, str]:
     distribution = survey.get("distribution") or {}
     numbers = _release_numbers(release)
-    if numbers is not None and numbers < (6, 2):
+    if numbers is not None and numbers < _IOMMUFD_SINCE and not _backports(survey):
         return f"The kernel {release} is older than iommufd, which came with Linux 6.2.", _newer_kernel(survey)
     if distribution.get("id") == "debian" and _DEBIAN_KERNEL.search(release):
         return (
@@ -289,7 +370,7 @@ def _kernel_cdev(survey: Survey) -> Check:
     if option is None and live is None:
         return Check(name, SKIP, "Neither the kernel's configuration nor a loaded vfio is in reach.")
     numbers = _release_numbers(kernel.get("release"))
-    if numbers is not None and numbers < (6, 6):
+    if numbers is not None and numbers < _CDEV_SINCE and not _backports(survey):
         return Check(
             name, FAIL, "vfio has no character devices in this kernel: they came with Linux 6.6.", _newer_kernel(survey)
         )
@@ -375,7 +456,9 @@ def _node_permissions(survey: Survey) -> Check:
             "`udevadm control --reload && udevadm trigger` for the node. The role iommufd.host.access sets it right.",
         )
     owners = sorted({f"{node['owner']}:{node['group']} {node['mode']}" for node in ours})
-    return Check(name, OK, f"Only their owners may open the nodes: {', '.join(owners)}.")
+    lists = sorted({entry for node in ours for entry in node.get("acl_entries") or []})
+    beside = f", and by access lists {', '.join(lists)}" if lists else ""
+    return Check(name, OK, f"Only their owners may open the nodes: {', '.join(owners)}{beside}.")
 
 
 def _device_cdev(survey: Survey) -> Check:
@@ -419,6 +502,13 @@ def _kvm(survey: Survey) -> Check:
     flag = kernel.get("virtualization")
     node = (nodes or {}).get("kvm")
     if flag is None and node is None:
+        if nodes is not None and kernel.get("architecture") not in (None, "x86_64", "i686"):
+            return Check(
+                name,
+                WARN,
+                "/dev/kvm is not there. Guests will be emulated, about ten times slower.",
+                "Look for the reason with `dmesg | grep -i kvm`: on Arm the firmware must start the kernel at EL2.",
+            )
         return Check(name, SKIP, "The processor's flags are not in reach.")
     if flag is None or (flag and node is not None):
         return (
@@ -461,10 +551,12 @@ def _qemu_iommufd(survey: Survey) -> Check:
         problems = "; ".join(f"{one['path']}: {one['problem']}" for one in binaries if one["problem"])
         if problems:
             return Check(name, FAIL, f"QEMU does not run: {problems}.", remedy)
-        if (survey.get("kernel") or {}).get(
-            "architecture"
-        ) is not None:  # the running host, and it was not worth asking
+        if survey.get("live"):  # then none was worth asking
             return Check(name, FAIL, "There is no QEMU for this host's own architecture.", remedy)
+        installed = survey.get("qemu_package")
+        numbers = _release_numbers(installed)
+        if numbers is not None and numbers < (9, 0) and not _backports(survey):
+            return Check(name, FAIL, f"QEMU {installed} is older than its iommufd, which came with 9.0.", remedy)
         return Check(name, SKIP, f"{', '.join(one['path'] for one in binaries)} can only be asked on the running host.")
     listed = ", ".join(f"{one['path']} {one['version']}" for one in asked)
     return Check(name, FAIL, f"Built without iommufd: {listed}.", remedy)
@@ -474,11 +566,20 @@ def _libvirt_iommufd(survey: Survey) -> Check:
     name = "libvirt.iommufd"
     libvirt = survey.get("libvirt")
     if libvirt is None:
-        return Check(name, SKIP, "libvirt is not installed.")
+        return Check(name, SKIP, "No libvirt was found.")
     if libvirt["can_pass_iommufd"] is None:
         return Check(name, SKIP, "The version of libvirt is not known.")
     if libvirt["can_pass_iommufd"]:
         return Check(name, OK, f"libvirt {libvirt['version']} opens /dev/iommu itself and passes the descriptor.")
+    if libvirt.get("capability_source") == "domcapabilities":
+        return Check(
+            name,
+            WARN,
+            f"libvirt {libvirt['version']} does not offer iommufd for host devices (`virsh domcapabilities`), with the "
+            "QEMU that it found.",
+            "Update libvirt to 12.1 or later, and see qemu.iommufd; or use the access mode `group` (role "
+            "iommufd.host.access).",
+        )
     return Check(
         name,
         WARN,
@@ -498,7 +599,7 @@ def _libvirt_acl(survey: Survey) -> Check:
     name = "libvirt.acl"
     libvirt = survey.get("libvirt")
     if libvirt is None:
-        return Check(name, SKIP, "libvirt is not installed.")
+        return Check(name, SKIP, "No libvirt was found.")
     if not _needs_own_access(survey):
         return Check(name, SKIP, "libvirt opens the nodes itself, so its device list does not matter.")
     acl = libvirt["device_acl"]
@@ -520,7 +621,8 @@ def _apparmor(survey: Survey) -> Check:
     name = "security.apparmor"
     apparmor = (survey.get("security") or {}).get("apparmor")
     if apparmor is None or not apparmor["enabled"]:
-        return Check(name, SKIP, "AppArmor is not in use.")
+        known = apparmor is not None and apparmor["enabled"] is False
+        return Check(name, SKIP, "AppArmor is not in use." if known else "The tree does not tell of AppArmor.")
     if not _needs_own_access(survey) or apparmor["libvirt_allows_iommu"] is None:
         return Check(name, SKIP, "No guest of libvirt has to open /dev/iommu under AppArmor.")
     if apparmor["libvirt_allows_iommu"]:
@@ -533,11 +635,36 @@ def _apparmor(survey: Survey) -> Check:
     )
 
 
+def _selinux(survey: Survey) -> Check:
+    name = "security.selinux"
+    selinux = (survey.get("security") or {}).get("selinux")
+    node = (survey.get("nodes") or {}).get("iommu")
+    if selinux is None or selinux["mode"] != "enforcing":
+        return Check(
+            name, SKIP, "SELinux is not enforcing." if selinux else "SELinux is not in use, as far as is seen."
+        )
+    label = (node or {}).get("label")
+    if not _needs_own_access(survey) or label is None:
+        return Check(name, SKIP, "No guest of libvirt has to open a labelled /dev/iommu.")
+    if ":device_t:" not in f"{label}:":
+        return Check(name, OK, f"/dev/iommu has a label of its own ({label}).")
+    return Check(
+        name,
+        WARN,
+        f"/dev/iommu has the label of any device ({label}), which SELinux forbids a guest of libvirt to open.",
+        "Give it that of the vfio nodes: `semanage fcontext -a -t vfio_device_t /dev/iommu && restorecon -v "
+        "/dev/iommu`.",
+    )
+
+
 def _memlock(survey: Survey) -> Check:
     name = "memlock"
-    limits, nodes = survey.get("memlock"), survey.get("nodes") or {}
-    if limits is None:
+    known, nodes = survey.get("memlock"), survey.get("nodes")
+    if known is None:
         return Check(name, SKIP, "The tree has no /etc/security.")
+    if nodes is None:
+        return Check(name, SKIP, "The tree has no /dev, so nobody can be named who would need a limit.")
+    limits = [one for one in known if one.get("type") not in ("unit", "default")]
     node = nodes.get("iommu")
     words = ", ".join(f"{one['domain']} {_size(one['kib'])} ({one['file']})" for one in limits)
     if node is None or node["group"] == "root" or not int(node["mode"], 8) & 0o020:

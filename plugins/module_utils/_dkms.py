@@ -47,6 +47,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     modules_directory,
     read_config,
     release,
+    version_key,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     Change,
@@ -131,11 +132,6 @@ class Kernel:
             "state": self.state,
             "reason": self.reason,
         }
-
-
-def version_key(text: str) -> list[tuple[int, str]]:
-    """A key that sorts releases as a person would: 6.12.9 before 6.12.117."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|[^\d.+-]+", text)]
 
 
 def read_kernels(host: Host) -> list[Kernel]:

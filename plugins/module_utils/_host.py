@@ -25,6 +25,10 @@ READ_LIMIT = 4 * 1024 * 1024
 # Linux gives up after 40 nested links (ELOOP); a captured tree may hold a loop that the live host had not.
 _MAX_LINKS = 40
 
+_PAGE = 4096
+
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
 _SEARCH_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 
 
@@ -50,7 +54,7 @@ class Host:
 
     def __init__(self, root: str = "/") -> None:
         self.root = os.path.abspath(root)
-        self._directories: dict[str, str] = {}
+        self._links: dict[str, str | None] = {}
 
     @property
     def live(self) -> bool:
@@ -72,51 +76,52 @@ class Host:
         Raises:
             OSError: ELOOP, for a loop of links in a captured tree.
         """
-        if self.live:
-            return path
-        directory, _slash, name = path.rpartition("/")
-        if name in ("", ".", ".."):
-            return self._real(self._resolve(path, follow))
-        here = self._real(f"{self._directory(directory).rstrip('/')}/{name}")
-        return self._real(self._resolve(path, follow)) if follow and os.path.islink(here) else here
-
-    def _directory(self, path: str) -> str:
-        """A directory with its links resolved, remembered: a device's many attributes lie in one directory, and each
-        of its links would be looked up again for each of them."""
-        known = self._directories.get(path)
-        if known is None:
-            known = self._resolve(path, follow=True)
-            if os.path.isdir(self._real(known)):
-                self._directories[path] = known
-        return known
+        return path if self.live else self._real(self._resolve(path, follow))
 
     def _real(self, path: str) -> str:
         return self.root + path if path != "/" else self.root
 
     def _resolve(self, path: str, follow: bool) -> str:
         todo = [part for part in path.split("/") if part][::-1]
-        done: list[str] = []
+        done = ""
         links = 0
         while todo:
             part = todo.pop()
             if part == ".":
                 continue
             if part == "..":
-                if done:
-                    done.pop()
+                done = done.rpartition("/")[0]
                 continue
-            here = self._real("/" + "/".join([*done, part]))
-            if (todo or follow) and os.path.islink(here):
-                links += 1
-                if links > _MAX_LINKS:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-                target = os.readlink(here)
-                if target.startswith("/"):
-                    done = []
-                todo.extend([piece for piece in target.split("/") if piece][::-1])
-            else:
-                done.append(part)
-        return "/" + "/".join(done)
+            here = f"{done}/{part}"
+            target = self._link(here) if todo or follow else None
+            if target is None:
+                done = here
+                continue
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            if target.startswith("/"):
+                done = ""
+            todo.extend([piece for piece in target.split("/") if piece][::-1])
+        return done or "/"
+
+    def _link(self, path: str) -> str | None:
+        """The target of what may be a link, below a directory that is resolved; None for anything else.
+
+        Remembered for what exists: thousands of functions share the directories on the way to them.
+        """
+        try:
+            return self._links[path]
+        except KeyError:
+            pass
+        try:
+            target = os.readlink(self._real(path))
+        except OSError as problem:
+            if problem.errno == errno.EINVAL:  # there, and no link
+                self._links[path] = None
+            return None
+        self._links[path] = target
+        return target
 
     def realpath(self, path: str) -> str | None:
         """The path as the host sees it with every link resolved, or None where it does not exist."""
@@ -136,25 +141,9 @@ class Host:
         Device nodes, sockets and FIFOs are not opened: opening one can block or have an effect.
         """
         try:
-            descriptor = os.open(self.path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        except (OSError, ValueError):
+            return _read(self.path(path), limit, _OPEN)
+        except (OSError, ValueError):  # many sysfs attributes answer EIO, EINVAL or ENODEV when read
             return None
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None
-            chunks: list[bytes] = []
-            left = limit
-            while left > 0:
-                chunk = os.read(descriptor, min(left, 1 << 20))
-                if not chunk:
-                    break
-                chunks.append(chunk)
-                left -= len(chunk)
-            return b"".join(chunks)
-        except OSError:  # many sysfs attributes answer EIO, EINVAL or ENODEV when read
-            return None
-        finally:
-            os.close(descriptor)
 
     def read_text(self, path: str, limit: int = READ_LIMIT) -> str | None:
         """The content as text; bytes that are not UTF-8 become U+FFFD. None where it cannot be read."""
@@ -163,10 +152,7 @@ class Host:
 
     def read_line(self, path: str) -> str | None:
         """The first line of an attribute without surrounding whitespace; None where missing or empty."""
-        text = self.read_text(path, 4096)
-        if text is None:
-            return None
-        return text.strip().partition("\n")[0].strip("\0 \t\r") or None
+        return _first_line(self.read_bytes(path, _PAGE))
 
     def read_int(self, path: str, base: int = 10) -> int | None:
         """The integer in an attribute (``base`` 0 understands ``0x`` prefixes); None where there is none."""
@@ -177,6 +163,10 @@ class Host:
             return int(line, base)
         except ValueError:
             return None
+
+    def directory(self, path: str) -> Directory:
+        """A directory of which several attributes will be read."""
+        return Directory(self, path)
 
     def listdir(self, path: str) -> list[str]:
         """Names in a directory, sorted; empty where it is missing or cannot be read."""
@@ -252,3 +242,76 @@ class Host:
         except (OSError, ValueError, subprocess.TimeoutExpired):
             return None
         return Output(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+
+
+class Directory:
+    """A directory of the host, listed and resolved once, for reading many attributes of it at the least cost.
+
+    It answers like the methods of :class:`Host`, with names in place of paths.
+
+    Attributes:
+        names: what it holds; empty where it is missing or cannot be read.
+    """
+
+    def __init__(self, host: Host, path: str) -> None:
+        self.host = host
+        self.path = path
+        try:
+            self._real = host.path(path)
+            self.names = frozenset(os.listdir(self._real))
+        except (OSError, ValueError):
+            self.names = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def bytes(self, name: str, limit: int = READ_LIMIT) -> bytes | None:
+        if name not in self.names:
+            return None
+        try:
+            return _read(f"{self._real}/{name}", limit, _OPEN | os.O_NOFOLLOW)
+        except OSError as problem:
+            if problem.errno != errno.ELOOP:
+                return None
+        return self.host.read_bytes(f"{self.path}/{name}", limit)  # a link, to be resolved within the root
+
+    def text(self, name: str, limit: int = READ_LIMIT) -> str | None:
+        content = self.bytes(name, limit)
+        return None if content is None else content.decode("utf-8", "replace")
+
+    def line(self, name: str) -> str | None:
+        return _first_line(self.bytes(name, _PAGE)) if name in self.names else None
+
+    def link_name(self, name: str) -> str | None:
+        if name not in self.names:
+            return None
+        try:
+            return os.readlink(f"{self._real}/{name}").rstrip("/").rpartition("/")[2] or None
+        except OSError:
+            return None
+
+
+def _read(path: str, limit: int, flags: int) -> bytes | None:
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        if limit <= _PAGE:  # an attribute comes whole at the first read
+            return os.read(descriptor, limit)
+        chunks: list[bytes] = []
+        left = limit
+        while left > 0:
+            chunk = os.read(descriptor, min(left, 1 << 20))
+            if not chunk:
+                break
+            chunks.append(chunk)
+            left -= len(chunk)
+        return b"".join(chunks)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(content: bytes | None) -> str | None:
+    if content is None:
+        return None
+    return content.decode("utf-8", "replace").strip().partition("\n")[0].strip("\0 \t\r") or None

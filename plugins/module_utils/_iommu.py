@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing as t
 
@@ -19,14 +20,14 @@ GROUPS = "/sys/kernel/iommu_groups"
 # of them, or on any vfio driver, does not block the group.
 _HARMLESS_DRIVERS = ("pcieport", "pci-stub")
 
-# The window in which the IOMMU takes writes as interrupts (x86: MSI). A group that has it as plain "msi" relies on
-# interrupt remapping; "direct-relaxable" and "direct" regions are RMRRs, memory that firmware keeps for the device.
+# The directory of attributes that a driver gives its unit, or the beginning of the unit's name.
 _KINDS = {
     "intel-iommu": "VT-d",
     "amd-iommu": "AMD-Vi",
     "arm-smmu-v3": "SMMUv3",
     "smmu3": "SMMUv3",
     "arm-smmu": "SMMU",
+    "smmu": "SMMU",
     "virtio-iommu": "virtio-iommu",
     "riscv-iommu": "RISC-V IOMMU",
 }
@@ -37,7 +38,8 @@ class Region:
     """A range of I/O virtual addresses that a guest's memory must not use. Addresses are integers, end included.
 
     Attributes:
-        kind: "direct", "direct-relaxable", "reserved" or "msi".
+        kind: "msi" (where the IOMMU takes writes as interrupts), "reserved", or "direct" and "direct-relaxable"
+            (RMRRs: memory that the firmware keeps for the device).
     """
 
     start: int
@@ -75,12 +77,26 @@ class Unit:
     kind: str
 
 
-def read_groups(host: Host) -> dict[int, Group]:
-    """All groups by number; empty with the IOMMU off."""
+def read_groups(host: Host, functions: t.Iterable[Function] = ()) -> dict[int, Group]:
+    """All groups by number; empty with the IOMMU off.
+
+    Args:
+        host: the host.
+        functions: as read_functions returns them; each links to its group, and a captured tree may have these links
+            alone.
+    """
     groups = {}
     for name in host.listdir(GROUPS):
         if name.isascii() and name.isdigit() and len(name) < 10:
             groups[int(name)] = _read(host, int(name))
+    linked: dict[int, set[str]] = {}
+    for function in functions:
+        if function.iommu_group is not None:
+            linked.setdefault(function.iommu_group, set()).add(function.address)
+    for number, members in linked.items():
+        group = groups.setdefault(number, Group(number))
+        if not members.issubset(group.members):
+            group.members = sorted(members.union(group.members), key=address_key)
     return dict(sorted(groups.items()))
 
 
@@ -159,11 +175,14 @@ def by_address(functions: t.Iterable[Function]) -> dict[str, Function]:
 
 def read_units(host: Host) -> list[Unit]:
     """The hardware IOMMUs that the kernel uses; empty with the IOMMU off."""
-    return [Unit(name, _kind(host, name)) for name in host.listdir("/sys/class/iommu")]
+    # Those of ACPI and of device trees are virtual devices, and have a place of their own beside the class.
+    where = next(filter(host.listdir, ("/sys/class/iommu", "/sys/devices/virtual/iommu")), "/sys/class/iommu")
+    return [Unit(name, _kind(host, f"{where}/{name}")) for name in host.listdir(where)]
 
 
-def _kind(host: Host, name: str) -> str:
-    attributes = set(host.listdir(f"/sys/class/iommu/{name}"))
+def _kind(host: Host, path: str) -> str:
+    name = os.path.basename(path)
+    attributes = host.listdir(path)
     for hint, kind in _KINDS.items():
         if hint in attributes or name.startswith(hint):
             return kind
@@ -171,5 +190,5 @@ def _kind(host: Host, name: str) -> str:
         return "VT-d"
     if name.startswith("ivhd"):
         return "AMD-Vi"
-    driver = host.link_name(f"/sys/class/iommu/{name}/device/driver")
+    driver = host.link_name(f"{path}/device/driver")
     return {"virtio_iommu": "virtio-iommu"}.get(driver or "", driver or name)

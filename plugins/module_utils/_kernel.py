@@ -16,6 +16,10 @@ import zlib
 from ansible_collections.iommufd.host.plugins.module_utils._host import READ_LIMIT, Host
 
 _OPTION = re.compile(r"^CONFIG_([A-Za-z0-9_]+)=(.*)$", re.MULTILINE)
+_NOT_SET = re.compile(r"^# CONFIG_([A-Za-z0-9_]+) is not set$", re.MULTILINE)
+
+# /lib is a link to /usr/lib wherever /usr is merged, but a report's tree may have the one as well as the other.
+_MODULES = ("/usr/lib/modules", "/lib/modules")
 # zlib: a gzip header and the largest window.
 _GZIP = 31
 
@@ -26,15 +30,22 @@ class Config:
 
     Attributes:
         source: the file it was read from.
-        options: value by name without ``CONFIG_`` ("y", "m", a number or a quoted string); unset ones are not in it.
+        options: value by name without ``CONFIG_`` ("y", "m", a number or a quoted string); "n" for those that the
+            file names as not set. An option whose dependencies are not met is not named at all.
+        whole: whether the file ends as it should; of a truncated copy the rest is not known.
     """
 
     source: str
     options: t.Mapping[str, str]
+    whole: bool = True
 
     def get(self, name: str) -> str:
         """The value of an option, "n" where it is not set."""
         return self.options.get(name, "n")
+
+    def known(self, name: str) -> str | None:
+        """As :meth:`get`, but None where a truncated copy does not tell."""
+        return self.options.get(name, "n" if self.whole else None)
 
     def has(self, name: str) -> bool:
         """Whether an option is built in or a module."""
@@ -47,7 +58,8 @@ class Module:
 
     Attributes:
         name: with underscores, as the kernel writes it.
-        state: "loaded", "builtin", "available" (on disk) or "missing".
+        state: "loaded", "builtin", "available" (on disk), "missing"; or "unknown" in a captured tree that has no
+            index of the kernel's modules.
         path: its file, where there is one ("/usr/lib/modules/6.12…/updates/dkms/iommufd.ko.xz").
         dkms: whether that file was put there beside the kernel's own (updates/, extra/: DKMS or an administrator).
     """
@@ -65,32 +77,92 @@ class Module:
         return {"name": self.name, "state": self.state, "path": self.path, "dkms": self.dkms}
 
 
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A kernel's release and how it was found.
+
+    Attributes:
+        name: "6.12.95+deb13-amd64"; None where there is no kernel in reach.
+        source: "running"; in a captured tree that does not say which kernel ran, the one that would boot: "boot"
+            (the boot loader's choice) or "newest" (of those installed).
+    """
+
+    name: str | None = None
+    source: str | None = None
+
+
 def release(host: Host) -> str | None:
     """The running kernel's release ("6.12.95+deb13-amd64").
 
     A captured tree without /proc has it only where exactly one kernel is installed.
     """
-    running = host.read_line("/proc/sys/kernel/osrelease")
-    if running is None and host.live:
-        running = os.uname().release
-    if running is not None and "/" not in running:
+    running = _running_release(host)
+    if running is not None:
         return running
-    version = (host.read_line("/proc/version") or "").split()
-    if version[:2] == ["Linux", "version"] and len(version) > 2 and "/" not in version[2]:
-        return version[2]
     installed = installed_releases(host)
     return installed[0] if len(installed) == 1 else None
 
 
+def decisive_release(host: Host) -> Release:
+    """The release that a survey speaks of: the running kernel's or, in an image, that of the one that would boot."""
+    running = _running_release(host)
+    if running is not None:
+        return Release(running, "running")
+    installed = installed_releases(host) or sorted(
+        {
+            name.partition("-")[2]
+            for name in host.listdir("/boot")
+            if name.startswith(("config-", "vmlinuz-")) and name.partition("-")[2][:1].isdigit()
+        }
+    )
+    if not installed:
+        return Release()
+    chosen = [
+        *(os.path.basename(host.readlink(link) or "").partition("-")[2] for link in ("/vmlinuz", "/boot/vmlinuz")),
+        *re.findall(r"^saved_entry=(?:[0-9a-f]{32}-)?(\S+)$", _grub_environment(host), re.MULTILINE),
+    ]
+    for name in chosen:
+        if name in installed:
+            return Release(name, "boot")
+    return Release(max(installed, key=version_key), "newest")
+
+
+def _grub_environment(host: Host) -> str:
+    return host.read_text("/boot/grub2/grubenv", 65536) or host.read_text("/boot/grub/grubenv", 65536) or ""
+
+
+def _running_release(host: Host) -> str | None:
+    running = host.read_line("/proc/sys/kernel/osrelease")
+    if running is None and host.live:
+        running = os.uname().release
+    words = (host.read_line("/proc/version") or "").split()
+    if running is None and words[:2] == ["Linux", "version"]:
+        running = words[2] if len(words) > 2 else None
+    if running is None:  # a report of sos: "Linux node7 5.14.0-427.el9.x86_64 #1 SMP …"
+        words = (host.read_line("/sos_commands/kernel/uname_-a") or "").split()
+        running = words[2] if words[:1] == ["Linux"] and len(words) > 2 else None
+    return running if running is not None and "/" not in running else None
+
+
+def version_key(text: str) -> list[tuple[int, str]]:
+    """A key that sorts releases as a person would: 6.12.9 before 6.12.117."""
+    return [
+        (int(part), "") if part.isdecimal() and part.isascii() else (-1, part)
+        for part in re.findall(r"\d{1,18}|[^\d.+-]+", text)
+    ]
+
+
 def installed_releases(host: Host) -> list[str]:
     """The releases of all kernels with modules on this host."""
-    return [name for name in host.listdir("/usr/lib/modules") if host.exists(f"/usr/lib/modules/{name}/modules.dep")]
+    return sorted(
+        {name for parent in _MODULES for name in host.listdir(parent) if host.exists(f"{parent}/{name}/modules.dep")}
+    )
 
 
 def modules_directory(host: Host, kernel: str) -> str:
     """Where the modules of a release lie."""
-    usr = f"/usr/lib/modules/{kernel}"
-    return usr if host.is_dir(usr) else f"/lib/modules/{kernel}"
+    known = (f"{parent}/{kernel}" for parent in _MODULES if host.is_dir(f"{parent}/{kernel}"))
+    return next(known, f"{_MODULES[0]}/{kernel}")
 
 
 def read_config(host: Host, kernel: str | None = None) -> Config | None:
@@ -103,27 +175,43 @@ def read_config(host: Host, kernel: str | None = None) -> Config | None:
     running = release(host)
     kernel = kernel or running
     if kernel is not None:
+        modules = modules_directory(host, kernel)
         for path in (
             f"/boot/config-{kernel}",
-            f"{modules_directory(host, kernel)}/config",
+            f"{modules}/config",
+            f"/usr/lib/modules/{kernel}/config",
+            f"/lib/modules/{kernel}/config",
+            f"/usr/lib/kernel/config-{kernel}",
             f"/lib/kernel/config-{kernel}",
+            f"/usr/lib/ostree-boot/config-{kernel}",
         ):
-            text = host.read_text(path)
-            if text:
-                return Config(path, _parse_config(text))
+            config = _parse_config(path, host.read_text(path))
+            if config is not None:
+                return config
     if kernel == running:
         packed = host.read_bytes("/proc/config.gz")
         if packed:
+            unpacker = zlib.decompressobj(_GZIP)
             try:  # bounded, and satisfied with what a truncated copy still holds
-                text = zlib.decompressobj(_GZIP).decompress(packed, READ_LIMIT).decode("utf-8", "replace")
+                text = unpacker.decompress(packed, READ_LIMIT).decode("utf-8", "replace")
             except zlib.error:
-                return None
-            return Config("/proc/config.gz", _parse_config(text))
-    return None
+                text = ""
+            config = _parse_config("/proc/config.gz", text)
+            if config is not None:
+                return dataclasses.replace(config, whole=config.whole and unpacker.eof)
+    if kernel is None:
+        return None
+    # Those who build modules have it among the headers.
+    headers = (f"{modules_directory(host, kernel)}/build/.config", f"/usr/src/linux-headers-{kernel}/.config")
+    return next(filter(None, (_parse_config(path, host.read_text(path)) for path in headers)), None)
 
 
-def _parse_config(text: str) -> dict[str, str]:
-    return {name: value.strip() for name, value in _OPTION.findall(text)}
+def _parse_config(path: str, text: str | None) -> Config | None:
+    """A configuration; None where the file is not there or is none."""
+    options = {name: value.strip() for name, value in _OPTION.findall(text or "")}
+    if text is None or not options:
+        return None
+    return Config(path, {**dict.fromkeys(_NOT_SET.findall(text), "n"), **options}, text.endswith("\n"))
 
 
 def command_line(host: Host) -> str | None:
@@ -150,6 +238,7 @@ class ModuleIndex:
         self.kernel = kernel or self.running
         self.directory = modules_directory(host, self.kernel) if self.kernel else None
         self._aliases: dict[str, dict[str, list[tuple[str, str]]]] = {}
+        self._matched: dict[str, list[str]] = {}
 
     @functools.cached_property
     def files(self) -> dict[str, str]:
@@ -205,7 +294,7 @@ class ModuleIndex:
             return Module(name, "available", full, beside)
         if name in self.builtin:
             return Module(name, "builtin")
-        return Module(name, "missing")
+        return Module(name, "missing" if self.files or self.host.live else "unknown")
 
     def closure(self, name: str) -> list[str]:
         """Files to load for a module, in the order in which they must be loaded, as the host sees them.
@@ -231,6 +320,11 @@ class ModuleIndex:
         return self._match("vfio_pci", f"vfio_{modalias}")
 
     def _match(self, bus: str, modalias: str) -> list[str]:
+        if modalias not in self._matched:  # the VFs of a function are all alike
+            self._matched[modalias] = self._search(bus, modalias)
+        return list(self._matched[modalias])
+
+    def _search(self, bus: str, modalias: str) -> list[str]:
         patterns = self._patterns(bus)
         found: list[tuple[int, str]] = []
         for pattern, module in [*patterns.get(_vendor(modalias), []), *patterns.get("v*", [])]:

@@ -13,11 +13,17 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_conf
 from ansible_collections.iommufd.host.plugins.module_utils._access import DEFAULT_PATH, installed_version
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._package_versions import package_versions
 
 # <driver iommufd='yes'/>: libvirt opens /dev/iommu and the character devices and passes the descriptors.
 PASSES_SINCE = (12, 1)
 
 _UNITS = ("virtqemud.service", "virtqemud.socket", "libvirtd.service", "libvirtd.socket")
+# The packages with libvirt's QEMU driver where it is not Debian's: Red Hat and SUSE, Arch.
+_PACKAGES = ("libvirt-daemon-driver-qemu", "libvirt-daemon", "libvirt")
+
+_PID_FILES = tuple(f"/run/{where}{daemon}.pid" for where in ("", "libvirt/") for daemon in ("virtqemud", "libvirtd"))
+
 _UNIT_DIRECTORIES = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
 
 
@@ -27,7 +33,9 @@ class LibvirtFacts:
 
     Attributes:
         version: "11.3.0" (with the distribution's suffix where its database has one).
-        can_pass_iommufd: whether it opens /dev/iommu itself and passes the descriptor; None with an unknown version.
+        can_pass_iommufd: whether it opens /dev/iommu itself and passes the descriptor; None where it is not known.
+        capability_source: where that was learnt: "domcapabilities" (libvirt's own word) or "version".
+        user, group: whom its guests run as, by qemu.conf; None where it leaves that to the build.
         units: its systemd units that are installed.
         config: path of qemu.conf, where it is there.
         device_acl: the ``cgroup_device_acl`` in force.
@@ -36,6 +44,9 @@ class LibvirtFacts:
 
     version: str | None
     can_pass_iommufd: bool | None
+    capability_source: str | None
+    user: str | None
+    group: str | None
     units: list[str]
     config: str | None
     device_acl: list[str] | None
@@ -47,27 +58,58 @@ class LibvirtFacts:
 
 def read_libvirt_facts(host: Host) -> LibvirtFacts | None:
     """libvirt as it is installed, or None where it is not."""
-    version = installed_version(host) or _rpm_version(host)
+    version = installed_version(host) or next(iter(package_versions(host, _PACKAGES).values()), None)
     units = [unit for unit in _UNITS if any(host.exists(f"{where}/{unit}") for where in _UNIT_DIRECTORIES)]
     config = DEFAULT_PATH if host.exists(DEFAULT_PATH) else None
     daemon = host.which("virtqemud") or host.which("libvirtd")
     if version is None and config is None and daemon is None:
         return None
     acl, source = _device_acl(host, version)
-    return LibvirtFacts(version, can_pass(version), units, config, acl, source)
+    own_word = _asked(host, version)
+    able = can_pass(version) if own_word is None else own_word
+    told = None if able is None else "version" if own_word is None else "domcapabilities"
+    text = host.read_text(DEFAULT_PATH) or ""
+    user, group = (_setting(text, name) for name in ("user", "group"))
+    return LibvirtFacts(version, able, told, user, group, units, config, acl, source)
+
+
+def _asked(host: Host, version: str | None) -> bool | None:
+    """What a libvirt that runs says of itself; None where it cannot be asked.
+
+    One that is not running is not asked: the question would start it. An older one has no word for it.
+    """
+    running = any(
+        host.is_dir(f"/proc/{number}")
+        for number in map(host.read_line, _PID_FILES)
+        if number is not None and number.isdigit()
+    )
+    if not running or can_pass(version) is False:
+        return None
+    answer = host.ask(["virsh", "--connect", "qemu:///system", "--readonly", "domcapabilities"])
+    return parse_capabilities(answer.stdout) if answer is not None and answer.ok else None
+
+
+def parse_capabilities(text: str) -> bool | None:
+    """Whether ``virsh domcapabilities`` offers iommufd for host devices; None where it is no such answer.
+
+    The values are those of the attribute, so "yes" (or "on") has to be among them.
+    """
+    if "<domainCapabilities" not in text:
+        return None
+    offered = re.search(r"<enum name=['\"]iommufd['\"]>(.*?)</enum>", text, re.DOTALL)
+    return offered is not None and re.search(r"<value>(yes|on)</value>", offered[1]) is not None
+
+
+def _setting(text: str, name: str) -> str | None:
+    """A string in qemu.conf; of a setting defined twice the first counts."""
+    found = re.search(rf"^[ \t]*{name}[ \t]*=[ \t]*[\"']([^\"'\n]+)[\"']", text, re.MULTILINE)
+    return found[1].lstrip("+") if found is not None else None
 
 
 def can_pass(version: str | None) -> bool | None:
     """Whether a version passes iommufd descriptors itself; None where it is not known."""
     match = re.match(r"(?:\d+:)?(\d+)\.(\d+)", version or "")
     return None if match is None else (int(match[1]), int(match[2])) >= PASSES_SINCE
-
-
-def _rpm_version(host: Host) -> str | None:
-    if not host.is_dir("/var/lib/rpm") and not host.is_dir("/usr/lib/sysimage/rpm"):
-        return None
-    answer = host.ask(["rpm", "-q", "--qf", "%{VERSION}-%{RELEASE}\n", "libvirt-daemon-driver-qemu"])
-    return answer.stdout.split("\n")[0].strip() or None if answer is not None and answer.ok else None
 
 
 def _device_acl(host: Host, version: str | None) -> tuple[list[str] | None, str | None]:

@@ -12,17 +12,24 @@ import ipaddress
 import json
 import os
 import re
+import sys
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._openvswitch import bridges
 
 NET = "/sys/class/net"
+
+# The interface that stands for the datapath of Open vSwitch in the kernel; each of its ports has it as master.
+DATAPATH = "ovs-system"
 
 # include/uapi/linux/ipv6_route.h: entries of the local table, which every address brings along.
 _RTF_LOCAL = 0x80000000
 _RTF_ANYCAST = 0x00100000
 _RTF_REJECT = 0x0200
 _RTF_UP = 0x1
+
+_KINDS = ("vlan", "macvlan", "macvtap", "ipvlan", "vxlan", "bond", "bridge", "team", "vrf")
 
 _Address = t.Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 
@@ -32,6 +39,11 @@ class Network:
 
     Args:
         host: the host.
+
+    Attributes:
+        paths: the real directory in sysfs of each interface.
+        kinds: bond, bridge, team, vlan, macvlan, macvtap, ipvlan, vxlan, ovs or vrf; "" for one without layers below.
+        above: those that stand on each.
     """
 
     def __init__(self, host: Host) -> None:
@@ -64,6 +76,14 @@ class Network:
                 elif entry == "bonding":
                     for slave in (self.host.read_line(f"{path}/bonding/slaves") or "").split():
                         self._stack(slave, name)
+        for row in self._text("vlan/config").splitlines():
+            upper, _number, lower = ([word.strip() for word in row.split("|")] + ["", ""])[:3]
+            self._stack(lower, upper)
+        for bridge, ports in bridges(self.host).items():
+            if bridge in self.paths:
+                self.kinds[bridge] = "ovs"
+            for port in ports:
+                self._stack(port, bridge)
 
     def _stack(self, lower: str, upper: str | None) -> None:
         if upper is not None and upper != lower and upper in self.paths and lower in self.paths:
@@ -73,17 +93,22 @@ class Network:
         for entry, kind in (("bonding", "bond"), ("bridge", "bridge"), ("macvtap", "macvtap")):
             if entry in entries:
                 return kind
-        if name == "ovs-system":
+        if name == DATAPATH:
             return "ovs"
+        told = self._told.get(name, {}).get("linkinfo", {}).get("info_kind")
+        if told in _KINDS:
+            return str(told)
         if "device" in entries:
             return ""
         match = re.search(r"^DEVTYPE=(\w+)$", self.host.read_text(f"{path}/uevent", 4096) or "", re.MULTILINE)
         kind = match[1] if match is not None else ""
-        if kind in ("vlan", "macvlan", "macvtap", "ipvlan", "vxlan", "bond", "bridge", "team"):
+        if kind in _KINDS:
             return kind
         if self.host.exists(f"/proc/net/vlan/{name}"):
             return "vlan"
-        return "team" if any(entry.startswith("lower_") for entry in entries) and "team" in name else ""
+        # The team driver leaves no mark in sysfs, but its daemon a file.
+        lower = any(entry.startswith("lower_") for entry in entries)
+        return "team" if self.host.exists(f"/run/teamd/{name}.pid") or (lower and "team" in name) else ""
 
     def chains(self, name: str) -> t.Iterator[list[str]]:
         """Every interface that stands on one, with the way to it: ["eno50"], ["eno50", "bond0"], …; each once."""
@@ -103,26 +128,17 @@ class Network:
     def addresses(self) -> dict[str, list[str]]:
         """The addresses of each interface; without those that every interface that is up gives itself (fe80::)."""
         found: dict[str, list[str]] = collections.defaultdict(list)
-        for name, address in [*(self._asked_addresses() or self._written_addresses())]:
+        asked = [pair for name, row in self._told.items() for pair in _addresses(name, row)]
+        for name, address in asked or self._written_addresses():
             if not (address.version == 6 and address.is_link_local) and not address.is_loopback:
                 found[name].append(str(address))
         return dict(found)
 
-    def _asked_addresses(self) -> list[tuple[str, _Address]] | None:
-        """From `ip`, which knows the interface of every IPv4 address; None on a captured tree or without it."""
-        answer = self.host.ask(["ip", "-j", "address", "show"])
-        if answer is None or not answer.ok:
-            return None
-        try:
-            rows = json.loads(answer.stdout)
-            return [
-                (row["ifname"], ipaddress.ip_address(info["local"]))
-                for row in rows
-                for info in row.get("addr_info", [])
-                if "local" in info
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
+    @functools.cached_property
+    def _told(self) -> dict[str, dict[str, t.Any]]:
+        """What `ip` says, which knows the kind of every interface and the interface of every address; empty on a
+        captured tree or without it."""
+        return ask_interfaces(self.host)
 
     def _written_addresses(self) -> t.Iterator[tuple[str, _Address]]:
         """From procfs: if_inet6 names the interface; fib_trie does not, so the directly connected networks do."""
@@ -159,12 +175,13 @@ class Network:
 
     @functools.cached_property
     def _routes4(self) -> list[tuple[str, ipaddress.IPv4Network, int]]:
-        """proc/net/route: interface, network, gateway; the numbers are in the byte order of the machine (little)."""
+        """proc/net/route: interface, network, gateway; the numbers are in the byte order of the machine."""
+        order: t.Literal["little", "big"] = sys.byteorder if self.host.live else "little"
         found = []
         for row in self._rows("route"):
             if len(row) < 8 or not all(re.fullmatch("[0-9A-Fa-f]{8}", row[index]) for index in (1, 2, 7)):
                 continue
-            target, gateway, mask = (int.from_bytes(bytes.fromhex(row[index]), "little") for index in (1, 2, 7))
+            target, gateway, mask = (int.from_bytes(bytes.fromhex(row[index]), order) for index in (1, 2, 7))
             if re.fullmatch("[0-9A-Fa-f]{4}", row[3]) and not int(row[3], 16) & _RTF_UP:
                 continue
             try:
@@ -191,7 +208,9 @@ class Network:
         return found
 
     def _text(self, name: str) -> str:
-        return self.host.read_text(f"/proc/net/{name}") or self.host.read_text(f"/proc/self/net/{name}") or ""
+        # /proc/net is a link to self/net, and a captured tree need not have both ends of it.
+        texts = (self.host.read_text(f"/proc/{where}/{name}") for where in ("net", "self/net", "1/net"))
+        return next(filter(None, texts), "")
 
     def _rows(self, name: str) -> list[list[str]]:
         return [line.split() for line in self._text(name).splitlines()]
@@ -217,6 +236,56 @@ class Network:
         if name is None or name == "lo":
             name = next((one for one, addresses in self.addresses.items() if own in addresses), None)
         return (name, peer) if isinstance(name, str) else None
+
+
+def ask_interfaces(host: Host, namespace: str | None = None) -> dict[str, dict[str, t.Any]]:
+    """The interfaces of a network namespace as ``ip -json -details address`` has them, by name.
+
+    Args:
+        host: the host; empty for a captured tree, or where there is no such program.
+        namespace: path of another namespace (/proc/PID/ns/net); entering it for this takes root.
+    """
+    enter = ["nsenter", f"--net={namespace}"] if namespace is not None else []
+    answer = host.ask([*enter, "ip", "-j", "-d", "address", "show"])
+    try:
+        rows = json.loads(answer.stdout) if answer is not None and answer.ok else []
+        return {row["ifname"]: row for row in rows}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _addresses(name: str, row: t.Mapping[str, t.Any]) -> t.Iterator[tuple[str, _Address]]:
+    for info in row.get("addr_info") or []:
+        try:
+            yield name, ipaddress.ip_address(info["local"])
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def other_namespaces(host: Host, most: int = 256) -> dict[str, str]:
+    """The other network namespaces of the live host: a path to each, and whose it is in words.
+
+    Args:
+        host: the host.
+        most: how many at most; a host of containers can have thousands.
+    """
+    if not host.live:
+        return {}
+    own = host.stat("/proc/self/ns/net")
+    seen = {own.st_ino} if own is not None else set()
+    found: dict[str, str] = {}
+    named = {f"/run/netns/{name}": f"the network namespace {name}" for name in host.listdir("/run/netns")}
+    processes = {
+        f"/proc/{process}/ns/net": f"the network namespace of process {process}"
+        for process in host.listdir("/proc")
+        if process.isdigit()
+    }
+    for path, words in {**named, **processes}.items():
+        status = host.stat(path)
+        if status is not None and status.st_ino not in seen and len(found) < most:
+            seen.add(status.st_ino)
+            found[path] = words
+    return found
 
 
 def _ssh_connection(host: Host) -> str | None:

@@ -12,6 +12,7 @@ import os
 import pwd
 import re
 import stat
+import struct
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -21,6 +22,13 @@ CDEVS = "/dev/vfio/devices"
 GROUPS = "/dev/vfio"
 LEGACY_CONTAINER = "/dev/vfio/vfio"
 KVM = "/dev/kvm"
+
+# include/uapi/linux/major.h
+_MISC_MAJOR = 10
+
+# include/uapi/linux/posix_acl_xattr.h: a version (2), then tag, permissions and id for each entry; the tags of those
+# that the mode does not show.
+_ACL_ENTRIES = {0x02: "user", 0x08: "group"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Node:
         links: other names in /dev that point to it, in order.
         label: its SELinux label, where it has one.
         acl: whether it has an access list beyond owner, group and mode.
+        acl_entries: what that list grants to others ("user:libvirt-qemu:rw-", "group:tss:r--").
     """
 
     path: str
@@ -49,6 +58,7 @@ class Node:
     links: list[str] = dataclasses.field(default_factory=list)
     label: str | None = None
     acl: bool = False
+    acl_entries: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def mode_text(self) -> str:
@@ -65,6 +75,7 @@ class Node:
             "links": self.links,
             "label": self.label,
             "acl": self.acl,
+            "acl_entries": self.acl_entries,
         }
 
 
@@ -88,13 +99,23 @@ class Nodes:
         }
 
 
+def has_nodes(host: Host) -> bool:
+    """Whether a tree shows the nodes of a running host; the /dev of an image that does not run is empty."""
+    return host.live or any(map(host.exists, ("/dev/null", IOMMU, GROUPS, KVM)))
+
+
 def read_nodes(host: Host) -> Nodes:
     """All of them in one pass."""
     accounts = Accounts(host)
     links = _links(host)
+    minors = {row[1]: row[0] for row in map(str.split, (host.read_text("/proc/misc") or "").splitlines()) if row[1:]}
 
     def node(path: str, sysfs: str) -> Node | None:
-        return read_node(host, path, accounts, sysfs, links)
+        found = read_node(host, path, accounts, sysfs, links)
+        misc = re.fullmatch(r"/sys/class/misc/(\w+)/dev", sysfs)
+        if found is not None and found.expected is None and misc is not None and misc[1] in minors:
+            return dataclasses.replace(found, expected=f"{_MISC_MAJOR}:{minors[misc[1]]}")
+        return found
 
     def several(directory: str, pattern: str, sysfs: str) -> list[Node]:
         names = [name for name in host.listdir(directory) if re.fullmatch(pattern, name)]
@@ -133,6 +154,7 @@ def read_node(
     accounts = accounts or Accounts(host)
     is_device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
     label, acl = _attributes(host, path)
+    entries = [] if acl is None else acl_entries(acl, accounts)
     return Node(
         path=path,
         uid=status.st_uid,
@@ -144,21 +166,41 @@ def read_node(
         expected=host.read_line(sysfs) if sysfs else None,
         links=list((links or {}).get(path, [])),
         label=label,
-        acl=acl,
+        acl=acl is not None,
+        acl_entries=entries,
     )
 
 
-def _attributes(host: Host, path: str) -> tuple[str | None, bool]:
-    """SELinux label and whether there is an access list."""
+def _attributes(host: Host, path: str) -> tuple[str | None, bytes | None]:
+    """SELinux label, and the access list as the kernel encodes it."""
     try:
         real = host.path(path)
         names = os.listxattr(real)
-        label = None
+        label = acl = None
         if "security.selinux" in names:
             label = os.getxattr(real, "security.selinux").rstrip(b"\0").decode("utf-8", "replace")
-        return label, "system.posix_acl_access" in names
+        if "system.posix_acl_access" in names:
+            acl = os.getxattr(real, "system.posix_acl_access")
+        return label, acl
     except (OSError, ValueError):
-        return None, False
+        return None, None
+
+
+def acl_entries(acl: bytes, accounts: Accounts) -> list[str]:
+    """What an access list grants to named users and groups, as getfacl writes it.
+
+    Args:
+        acl: the extended attribute system.posix_acl_access.
+        accounts: for the names.
+    """
+    found = []
+    for tag, permissions, number in struct.iter_unpack("<HHI", acl[4 : 4 + (len(acl) - 4) // 8 * 8]):
+        kind = _ACL_ENTRIES.get(tag)
+        if kind is not None:
+            name = accounts.user_name(number) if kind == "user" else accounts.group_name(number)
+            allowed = "".join(letter if permissions & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1)))
+            found.append(f"{kind}:{name or number}:{allowed}")
+    return found
 
 
 def _links(host: Host) -> dict[str, list[str]]:

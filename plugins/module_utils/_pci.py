@@ -12,7 +12,7 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._device_lock import held
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._host import Directory, Host
 
 DEVICES = "/sys/bus/pci/devices"
 
@@ -25,6 +25,11 @@ _MODALIAS = re.compile(
     r"pci:v(?P<vendor>[0-9A-F]{8})d(?P<device>[0-9A-F]{8})sv(?P<subvendor>[0-9A-F]{8})sd(?P<subdevice>[0-9A-F]{8})"
     r"bc(?P<base>[0-9A-F]{2})sc(?P<sub>[0-9A-F]{2})i(?P<interface>[0-9A-F]{2})"
 )
+
+# Where a tree without /sys/bus is searched: host bridges lie at most so deep below other devices, and not below these.
+_HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
+_DEEPEST = 5
+_NO_BUSES = ("virtual", "system", "breakpoint", "cpu", "software", "tracepoint", "pnp0", "power")
 
 # include/linux/ioport.h: flags in the third column of the attribute `resource`.
 _IORESOURCE_IO = 0x100
@@ -132,6 +137,7 @@ class Function:
         path: its real directory ("/sys/devices/pci0000:00/…"), which shows the bridges above it.
         locked: a driver has been taking or leaving it for seconds, and holds its lock; override and number of VFs are
             then unknown.
+        entries: names of what that directory holds.
     """
 
     address: str
@@ -154,6 +160,7 @@ class Function:
     bars: list[dict[str, t.Any]] | None = None
     path: str | None = None
     locked: bool = False
+    entries: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
 
     @property
     def vfio_device(self) -> str | None:
@@ -213,6 +220,27 @@ def list_addresses(host: Host) -> list[str]:
     return sorted(filter(is_address, host.listdir(DEVICES)), key=address_key)
 
 
+def _find(host: Host) -> dict[str, str]:
+    """Directories of the functions of a tree that has no /sys/bus, by address.
+
+    They lie below a host bridge ("pci0000:00"), itself at the top or below devices of other buses.
+    """
+    found: dict[str, str] = {}
+    todo = [("/sys/devices", 0)]
+    while todo:
+        path, depth = todo.pop()
+        for name in host.listdir(path):
+            here = f"{path}/{name}"
+            if is_address(name):
+                found[name] = here
+                todo.append((here, _DEEPEST))
+            elif _HOST_BRIDGE.fullmatch(name):
+                todo.append((here, _DEEPEST))
+            elif depth < _DEEPEST and name not in _NO_BUSES and host.readlink(here) is None:
+                todo.append((here, depth + 1))
+    return found
+
+
 def read_function(host: Host, address: str) -> Function | None:
     """One function, or None where the host has no such address.
 
@@ -227,6 +255,9 @@ def read_function(host: Host, address: str) -> Function | None:
 def read_functions(host: Host) -> list[Function]:
     """All functions, in the order of their addresses, each directory read once."""
     addresses = list_addresses(host)
+    if not addresses and not host.live:
+        found = _find(host)
+        return [_read(host, address, found[address]) for address in sorted(found, key=address_key)]
     attributes = {address: f"{DEVICES}/{address}/driver_override" for address in addresses}
     locked = held(list(attributes.values()), LOCK_SECONDS) if host.live else set()
     functions = []
@@ -238,16 +269,10 @@ def read_functions(host: Host) -> list[Function]:
 
 
 def _read(host: Host, address: str, path: str, locked: bool = False) -> Function:
-    present = set(host.listdir(path))
+    directory = host.directory(path)
     if locked:
-        present -= {"driver_override", "sriov_numvfs"}
-
-    def line(name: str) -> str | None:
-        return host.read_line(f"{path}/{name}") if name in present else None
-
-    def link(name: str) -> str | None:
-        return host.link_name(f"{path}/{name}") if name in present else None
-
+        directory.names -= {"driver_override", "sriov_numvfs"}
+    line = directory.line
     modalias = line("modalias")
     spoken = _MODALIAS.fullmatch(modalias or "")
 
@@ -267,22 +292,24 @@ def _read(host: Host, address: str, path: str, locked: bool = False) -> Function
         class_id=number("class", 6, "base", "sub", "interface"),
         revision=_hex(line("revision"), 2),
         modalias=modalias if spoken is not None else None,
-        driver=link("driver"),
+        driver=directory.link_name("driver"),
         # drivers/pci/pci-sysfs.c prints a null pointer as "(null)".
         driver_override=None if override in (None, "(null)") else override,
-        iommu_group=_decimal(link("iommu_group")),
+        iommu_group=_decimal(directory.link_name("iommu_group")),
         numa_node=_decimal(line("numa_node")),
-        sriov=_read_sriov(host, path, present),
+        sriov=_read_sriov(directory),
         boot_vga={"0": False, "1": True}.get(line("boot_vga") or ""),
         path=path,
         locked=locked,
+        entries=directory.names,
     )
-    methods = line("reset_method")
-    if "reset_method" in present:
-        function.reset_methods = methods.split() if methods else []
-    if "resource" in present:
-        function.bars = _parse_resources(host.read_text(f"{path}/resource", 8192))
-    if "vfio-dev" in present:
+    if "reset_method" in directory:
+        # An empty file says that there is none; one that cannot be read says nothing.
+        methods = directory.text("reset_method", 4096)
+        function.reset_methods = None if methods is None else methods.split()
+    if "resource" in directory:
+        function.bars = _parse_resources(directory.text("resource", 4096))
+    if "vfio-dev" in directory:
         function.vfio_name, function.vfio_number = _read_vfio(host, path)
     return function
 
@@ -303,24 +330,21 @@ def _decimal(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
-def _read_sriov(host: Host, path: str, present: set[str]) -> Sriov | None:
-    if "physfn" in present:
-        name = host.link_name(f"{path}/physfn")
+def _read_sriov(directory: Directory) -> Sriov | None:
+    if "physfn" in directory:
+        name = directory.link_name("physfn")
         return Sriov(physfn=name) if name is not None and is_address(name) else None
-    if "sriov_totalvfs" not in present:
+    if "sriov_totalvfs" not in directory:
         return None
-    virtual = sorted(
-        (name for name in present if re.fullmatch(r"virtfn[0-9]{1,5}", name)), key=lambda name: int(name[6:])
-    )
-    links = [host.link_name(f"{path}/{name}") for name in virtual]
+    virtual = [name for name in directory.names if name.startswith("virtfn") and _decimal(name[6:]) is not None]
+    links = [directory.link_name(name) for name in sorted(virtual, key=lambda name: int(name[6:]))]
     return Sriov(
-        total_vfs=_decimal(host.read_line(f"{path}/sriov_totalvfs")),
+        total_vfs=_decimal(directory.line("sriov_totalvfs")),
         # The links are there, too, while the PF's lock is held and sriov_numvfs cannot be read.
-        num_vfs=len(virtual)
-        or (_decimal(host.read_line(f"{path}/sriov_numvfs")) if "sriov_numvfs" in present else None),
+        num_vfs=len(virtual) or _decimal(directory.line("sriov_numvfs")),
         vfs=[name for name in links if name is not None and is_address(name)],
-        offset=_decimal(host.read_line(f"{path}/sriov_offset")),
-        stride=_decimal(host.read_line(f"{path}/sriov_stride")),
+        offset=_decimal(directory.line("sriov_offset")),
+        stride=_decimal(directory.line("sriov_stride")),
     )
 
 

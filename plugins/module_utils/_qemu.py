@@ -13,9 +13,10 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
+from ansible_collections.iommufd.host.plugins.module_utils._package_versions import package_versions
 
 # Where distributions, this collection and people put system emulators.
-DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/usr/libexec", "/opt/qemu/bin")
+DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/usr/libexec", "/opt/qemu/bin", "/run/current-system/sw/bin")
 
 _BINARY = re.compile(r"qemu-system-[a-z0-9_]+|qemu-kvm|kvm")
 _VERSION = re.compile(r"QEMU emulator version (\d+(?:\.\d+)+)(?:\s*\(([^)]*)\))?")
@@ -61,7 +62,8 @@ class Qemu:
 def find_binaries(host: Host) -> list[str]:
     """Paths of the QEMU system emulators, the machine's own architecture first; names of one file only once."""
     found: dict[str, str] = {}
-    for directory in DIRECTORIES:
+    others = [f"/opt/{name}/bin" for name in host.listdir("/opt")]
+    for directory in dict.fromkeys([*DIRECTORIES, *others]):
         for name in host.listdir(directory):
             path = f"{directory}/{name}"
             if not _BINARY.fullmatch(name) or host.which(path) is None:
@@ -75,9 +77,18 @@ def find_binaries(host: Host) -> list[str]:
     return sorted(found.values(), key=lambda path: (not _is_own(path), path))
 
 
+# What brings the emulator: Debian, Red Hat, SUSE, Arch.
+_PACKAGES = ("qemu-system-x86", "pve-qemu-kvm", "qemu-kvm-core", "qemu-system-x86-core", "qemu-kvm", "qemu-x86", "qemu")
+
+
+def package_version(host: Host) -> str | None:
+    """The version of the distribution's own QEMU by its package database, which a captured tree has as well."""
+    return next(iter(package_versions(host, _PACKAGES).values()), None)
+
+
 def _is_own(path: str) -> bool:
     """Whether a binary emulates the architecture of this machine."""
-    return os.path.basename(path) in (f"qemu-system-{os.uname().machine}", "qemu-kvm")
+    return os.path.basename(path) in (f"qemu-system-{os.uname().machine}", "qemu-kvm", "kvm")
 
 
 def read_qemus(host: Host) -> list[Qemu]:

@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
 _ABSTRACTION = "/etc/apparmor.d/abstractions/libvirt-qemu"
 _LOCAL_ABSTRACTION = "/etc/apparmor.d/local/abstractions/libvirt-qemu"
+
+# The daemons that start guests, and in which guests' limits begin.
+_UNITS = ("virtqemud.service", "libvirtd.service", "user@.service")
+_UNIT_DIRECTORIES = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
 
 
 def read_security(host: Host) -> dict[str, t.Any]:
@@ -42,12 +47,48 @@ def _selinux(host: Host) -> dict[str, t.Any] | None:
 
 
 def read_memlock(host: Host) -> list[dict[str, t.Any]] | None:
-    """The limits on locked memory that PAM sets: [{domain, type, kib, file}], ``kib`` None for unlimited.
+    """The limits on locked memory: [{domain, type, kib, file}], ``kib`` None for unlimited.
 
-    None where the host has no /etc/security.
+    Those that PAM sets have as ``domain`` what limits.conf has (a user, "@group", "*") and as ``type`` "soft", "hard"
+    or "-". Those of systemd have the type "unit" and the unit's name, or "default" and "systemd".
+
+    None where the host has neither /etc/security nor units.
     """
-    if not host.is_dir("/etc/security"):
+    if not host.is_dir("/etc/security") and not any(map(host.is_dir, _UNIT_DIRECTORIES)):
         return None
+    return [*_pam_limits(host), *_unit_limits(host)]
+
+
+def _unit_limits(host: Host) -> t.Iterator[dict[str, t.Any]]:
+    for path in _with_drop_ins(host, ("/etc/systemd/system.conf", "/usr/lib/systemd/system.conf"), "/system.conf"):
+        yield from _limit_lines(host, path, "DefaultLimitMEMLOCK", "systemd", "default")
+    for unit in _UNITS:
+        candidates = tuple(f"{directory}/{unit}" for directory in _UNIT_DIRECTORIES)
+        for path in _with_drop_ins(host, candidates, f"/system/{unit}"):
+            yield from _limit_lines(host, path, "LimitMEMLOCK", unit, "unit")
+
+
+def _with_drop_ins(host: Host, candidates: t.Sequence[str], name: str) -> list[str]:
+    """The first of some files that is there, and the drop-ins for it, in the order in which they count."""
+    drop_ins = {
+        entry: f"{parent}/systemd{name}.d/{entry}"
+        for parent in ("/usr/lib", "/run", "/etc")  # a later one replaces those of the same name
+        for entry in host.listdir(f"{parent}/systemd{name}.d")
+        if entry.endswith(".conf")
+    }
+    return [*[path for path in candidates if host.exists(path)][:1], *(drop_ins[entry] for entry in sorted(drop_ins))]
+
+
+def _limit_lines(host: Host, path: str, key: str, domain: str, kind: str) -> t.Iterator[dict[str, t.Any]]:
+    for value in re.findall(rf"^[ \t]*{key}[ \t]*=[ \t]*(\S+)", host.read_text(path, 1 << 20) or "", re.MULTILINE):
+        soft = value.partition(":")[0]  # systemd.exec(5): one value, or "soft:hard"
+        size = re.fullmatch(r"(\d{1,18})([KMGTPE]?)", soft)
+        if soft == "infinity" or size is not None:
+            kib = None if size is None else int(size[1]) * 1024 ** " KMGTPE".index(size[2] or " ") // 1024
+            yield {"domain": domain, "type": kind, "kib": kib, "file": path}
+
+
+def _pam_limits(host: Host) -> list[dict[str, t.Any]]:
     drop_ins = [name for name in host.listdir("/etc/security/limits.d") if name.endswith(".conf")]
     found = []
     for path in ["/etc/security/limits.conf", *(f"/etc/security/limits.d/{name}" for name in drop_ins)]:

@@ -14,8 +14,10 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._zfs import members
 
 BLOCK = "/sys/class/block"
+DISKS = "/sys/block"
 
 # Filesystems with an anonymous device number whose source in mountinfo names real devices; every other one with
 # major 0 (tmpfs, overlay, proc…) may carry any text there.
@@ -49,6 +51,7 @@ class BlockDevice:
         number: "8:2".
         kind: lvm, crypt, multipath, raid, bcache, device-mapper for what stands on other devices; else "".
         label: its name for people ("vg-root" for dm-0).
+        cache_set: identity of the bcache set that it is registered with.
     """
 
     name: str
@@ -56,6 +59,7 @@ class BlockDevice:
     number: str | None = None
     kind: str = ""
     label: str = ""
+    cache_set: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +90,15 @@ class Storage:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        for name in self.host.listdir(BLOCK):
-            path = self.host.realpath(f"{BLOCK}/{name}")
+        for name, link in self._list():
+            path = self.host.realpath(link)
             if path is not None:
                 self.devices[name] = self._read_device(name, path)
+        loops = {}
         for name, device in self.devices.items():
             entries = set(self.host.listdir(device.path))
             parent = os.path.basename(os.path.dirname(device.path))
-            if "partition" in entries and parent in self.devices:
+            if parent in self.devices:  # partitions, and nothing else, lie in the directory of another
                 self._stack(parent, name)
             # Both directions, for a captured tree may have only one of them.
             for holder in self.host.listdir(f"{device.path}/holders") if "holders" in entries else ():
@@ -101,10 +106,28 @@ class Storage:
             for slave in self.host.listdir(f"{device.path}/slaves") if "slaves" in entries else ():
                 self._stack(slave, name)
             if "loop" in entries:
-                backing = self.host.read_line(f"{device.path}/loop/backing_file")
-                under = self.resolve(backing) if backing and backing.startswith("/dev/") else None
-                if under is not None:
+                loops[name] = self.host.read_line(f"{device.path}/loop/backing_file")
+            if "bcache" in entries:
+                device.cache_set = self.host.link_name(f"{device.path}/bcache/set")
+        for row in (self.host.read_text("/proc/mdstat") or "").splitlines():
+            array, colon, rest = row.partition(" : ")
+            for member in re.findall(r"(\S+?)\[\d+\]", rest) if colon else ():
+                self._stack(member, array)
+        for name, backing in loops.items():  # last, for a file's filesystem may lie on any of them
+            for under in self._carriers(backing) if backing else ():
+                if name not in self.roots(under):
                     self._stack(under, name)
+
+    def _list(self) -> t.Iterator[tuple[str, str]]:
+        names = self.host.listdir(BLOCK)
+        if names:
+            yield from ((name, f"{BLOCK}/{name}") for name in names)
+            return
+        for disk in self.host.listdir(DISKS):
+            yield disk, f"{DISKS}/{disk}"
+            for name in self.host.listdir(f"{DISKS}/{disk}"):
+                if name.startswith(disk) and self.host.exists(f"{DISKS}/{disk}/{name}/partition"):
+                    yield name, f"{DISKS}/{disk}/{name}"
 
     def _read_device(self, name: str, path: str) -> BlockDevice:
         device = BlockDevice(name, path, self.host.read_line(f"{path}/dev"), label=name)
@@ -149,7 +172,20 @@ class Storage:
             if mapped in self._by_label:
                 return self._by_label[mapped]
         real = os.path.basename(self.host.realpath(path) or "")
-        return real if real in self.devices else None
+        if real in self.devices:
+            return real
+        plain = rest.replace("/", "!")  # sysfs writes /dev/cciss/c0d0 so
+        return plain if plain in self.devices else self._by_link.get(rest)
+
+    @functools.cached_property
+    def _by_link(self) -> dict[str, str]:
+        """Names by the links that udev keeps for them ("disk/by-uuid/…"), for a tree that has no /dev."""
+        return {link: name for name in self.devices for link in re.findall(r"^S:(.+)$", self._udev(name), re.MULTILINE)}
+
+    def _udev(self, name: str) -> str:
+        """What udev's database says about a device."""
+        number = self.devices[name].number
+        return (self.host.read_text(f"/run/udev/data/b{number}", 65536) or "") if number else ""
 
     # -- walking ---------------------------------------------------------------------------------------------------
 
@@ -194,8 +230,12 @@ class Storage:
         match = re.match(r"(.*/nvme-subsystem/[^/]+)/", path)
         if match is None:
             return [path]
-        links = [entry for entry in self.host.listdir(match[1]) if re.fullmatch(r"nvme\d+", entry)]
-        return [real for real in (self.host.realpath(f"{match[1]}/{link}") for link in links) if real is not None]
+        links = [f"{match[1]}/{one}" for one in self.host.listdir(match[1]) if re.fullmatch(r"nvme\d+", one)]
+        if not links:  # a tree without them: each controller has its own path to the disk, nvme0c1n1 for nvme0n1
+            path_name = re.compile(re.sub(r"^nvme(\d+)(n\d+).*", r"nvme\1c\\d+\2", name))
+            controllers = (f"/sys/class/nvme/{one}" for one in self.host.listdir("/sys/class/nvme"))
+            links = [one for one in controllers if any(map(path_name.fullmatch, self.host.listdir(one)))]
+        return [real for real in map(self.host.realpath, links) if real is not None]
 
     # -- uses ------------------------------------------------------------------------------------------------------
 
@@ -211,23 +251,51 @@ class Storage:
         for name, device in self.devices.items():
             if device.kind and self.below.get(name):
                 note(name, StorageUse(device.kind, device.label, f"is {_ROLE[device.kind]} {device.label}"))
-        for mount in read_mounts(self.host):
-            words = f"is mounted on {mount.point}"
-            if mount.point == "/":
-                words += ", the host's root filesystem"
+            if device.cache_set is not None and not self.above.get(name):
+                note(name, StorageUse("bcache", device.cache_set, f"belongs to the bcache set {device.cache_set}"))
+        for mount in self.mounts:
+            words = f"is mounted on {mount.point}{_ROOT if mount.point == '/' else ''}"
             for name in self._mounted(mount):
                 note(name, StorageUse("mount", mount.point, words))
         for path in read_swaps(self.host):
-            note(self.resolve(path), StorageUse("swap", path, "is swap space"))
-        for name, pool in self._zfs():
+            if path.startswith("/dev/"):
+                note(self.resolve(path), StorageUse("swap", path, "is swap space"))
+            else:
+                for name in self._carriers(path):
+                    note(name, StorageUse("swap", path, f"carries the swap file {path}"))
+        for name, pool in self._zfs_members:
             note(name, StorageUse("zfs", pool, f"belongs to the imported ZFS pool {pool}"))
+            for mount in self.mounts:
+                if mount.filesystem == "zfs" and mount.source.partition("/")[0] == pool:
+                    words = f"belongs to the ZFS pool {pool}: {mount.source} is mounted on {mount.point}"
+                    note(name, StorageUse("mount", mount.point, words + (_ROOT if mount.point == "/" else "")))
         for path, target in self._exports():
             note(self.resolve(path), StorageUse("export", target, f"is exported by the storage target {target}"))
         return dict(found)
 
+    @functools.cached_property
+    def mounts(self) -> list[Mount]:
+        return read_mounts(self.host)
+
+    def _carriers(self, path: str) -> set[str]:
+        """The devices that a file lies on, by the innermost mount that it is in; a device's node means the device."""
+        if path.startswith("/dev/"):
+            return set(filter(None, [self.resolve(path)]))
+        around = [
+            (len(mount.point), index)
+            for index, mount in enumerate(self.mounts)
+            if mount.filesystem != "overlay" and f"{path}/".startswith(f"{mount.point.rstrip('/')}/")
+        ]
+        return self._mounted(self.mounts[max(around)[1]]) if around else set()
+
     def _mounted(self, mount: Mount) -> set[str]:
         """The devices of a mounted filesystem."""
         names: set[str] = set()
+        if mount.filesystem == "overlay" and mount.point in ("/", "/usr"):  # the system itself, not one of containers
+            for paths in re.findall(r"\b(?:lowerdir|upperdir)=([^,]+)", mount.options):
+                for path in paths.split(":"):
+                    names.update(self._carriers(path))
+            return names
         if mount.filesystem == "btrfs":
             own = self.resolve(mount.source)
             names.update(next((members for members in self._btrfs if own in members), set()))
@@ -238,7 +306,8 @@ class Storage:
         elif mount.number is not None and mount.filesystem not in _ANONYMOUS:
             return names
         if not names:  # no number (mounts), an anonymous one (btrfs, bcachefs), or one that the tree does not have
-            names.update(filter(None, (self.resolve(source) for source in mount.source.split(":"))))
+            sources = [self._root_source] if mount.source == "/dev/root" else mount.source.split(":")
+            names.update(filter(None, map(self.resolve, sources)))
         # An XFS journal or realtime section of its own shows up only among the options.
         for path in re.findall(r"\b(?:logdev|rtdev)=([^,]+)", mount.options):
             name = self.resolve(path)
@@ -256,17 +325,37 @@ class Storage:
                 found.append(members)
         return found
 
-    def _zfs(self) -> t.Iterator[tuple[str, str]]:
-        """Members of imported ZFS pools. ZFS leaves no link in sysfs: udev's database says which disk belongs where."""
+    @functools.cached_property
+    def _root_source(self) -> str:
+        """The root filesystem's device by the kernel's command line; /proc/self/mounts calls it /dev/root."""
+        found = re.findall(r"\broot=(\S+)", self.host.read_line("/proc/cmdline") or "")
+        kind, equals, value = (found[-1] if found else "").partition("=")
+        return f"/dev/disk/by-{kind.lower()}/{value}" if equals else kind
+
+    @functools.cached_property
+    def _zfs_members(self) -> list[tuple[str, str]]:
+        """Members of imported ZFS pools, each with its pool.
+
+        ZFS leaves no link in sysfs. The kernel names the pools that are imported; which disk belongs to which is asked
+        of zpool, and read from udev's database and from the list that ZFS itself keeps for the next import.
+        """
         pools = {
             name for name in self.host.listdir("/proc/spl/kstat/zfs") if self.host.is_dir(f"/proc/spl/kstat/zfs/{name}")
         }
-        for name, device in self.devices.items() if pools else ():
-            text = self.host.read_text(f"/run/udev/data/b{device.number}") or ""
-            if re.search(r"^E:ID_FS_TYPE=zfs_member$", text, re.MULTILINE):
+        pools.update(mount.source.partition("/")[0] for mount in self.mounts if mount.filesystem == "zfs")
+        found = set()
+        for pool, path in members(self.host) if pools else ():
+            name = self.resolve(path)
+            if name is not None and pool in pools:
+                found.add((name, pool))
+        known = {name for name, _pool in found}
+        for name in self.devices if pools else ():
+            text = self._udev(name)
+            if name not in known and re.search(r"^E:ID_FS_TYPE=zfs_member$", text, re.MULTILINE):
                 label = re.search(r"^E:ID_FS_LABEL=(.+)$", text, re.MULTILINE)
                 if label is None or label[1] in pools:
-                    yield name, label[1] if label else sorted(pools)[0]
+                    found.add((name, label[1] if label else sorted(pools)[0]))
+        return sorted(found)
 
     def _exports(self) -> t.Iterator[tuple[str, str]]:
         """Disks that the kernel itself exports (LIO, nvmet), with the name of the export."""
@@ -285,6 +374,8 @@ class Storage:
                     yield path, system
 
 
+_ROOT = ", the host's root filesystem"
+
 _ROLE = {
     "lvm": "the LVM volume",
     "crypt": "the encrypted volume",
@@ -297,17 +388,21 @@ _ROLE = {
 
 def read_mounts(host: Host) -> list[Mount]:
     """The mounted filesystems, also those that only other mount namespaces have (live)."""
-    text = host.read_text("/proc/self/mountinfo")
-    if text is not None:
-        mounts = parse_mountinfo(text)
+    for path in ("/proc/self/mountinfo", "/proc/1/mountinfo"):
+        mounts = parse_mountinfo(host.read_text(path) or "")
+        if not mounts:
+            continue
         seen = {mount.number for mount in mounts}
         for other in _other_namespaces(host):
             # What is mounted here as well is named by the mount point that people know.
             mounts.extend(mount for mount in parse_mountinfo(other) if mount.number not in seen)
         return mounts
-    text = host.read_text("/proc/self/mounts") or host.read_text("/proc/mounts") or ""
-    rows = [line.split() for line in text.splitlines()]
-    return [Mount(None, unescape(row[1]), row[2], unescape(row[0]), row[3]) for row in rows if len(row) >= 4]
+    for path in ("/proc/self/mounts", "/proc/mounts", "/proc/1/mounts"):
+        rows = [line.split() for line in (host.read_text(path) or "").splitlines()]
+        mounts = [Mount(None, unescape(row[1]), row[2], unescape(row[0]), row[3]) for row in rows if len(row) >= 4]
+        if mounts:
+            return mounts
+    return []
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
@@ -336,9 +431,9 @@ def _other_namespaces(host: Host) -> t.Iterator[str]:
 
 
 def read_swaps(host: Host) -> list[str]:
-    """Paths of the swap areas that are devices (a swap file lies on a mounted filesystem)."""
-    rows = [line.split() for line in (host.read_text("/proc/swaps") or "").splitlines()[1:]]
-    return [unescape(row[0]) for row in rows if len(row) >= 2 and row[0].startswith("/dev/")]
+    """Paths of the swap areas: devices, and files on mounted filesystems."""
+    rows = [line.split() for line in (host.read_text("/proc/swaps") or "").splitlines()]
+    return [unescape(row[0]) for row in rows if len(row) >= 2 and row[0].startswith("/")]
 
 
 def unescape(text: str) -> str:

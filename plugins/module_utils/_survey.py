@@ -14,6 +14,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._checks import run_ch
 from ansible_collections.iommufd.host.plugins.module_utils._distribution import read_distribution
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
+    GROUPS,
     Group,
     by_address,
     is_vfio_driver,
@@ -23,17 +24,19 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
 )
 from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     ModuleIndex,
+    Release,
     arguments,
     command_line,
+    decisive_release,
     installed_releases,
     read_config,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
 from ansible_collections.iommufd.host.plugins.module_utils._memory import remembered
 from ansible_collections.iommufd.host.plugins.module_utils._names import read_names
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import read_nodes
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import has_nodes, read_nodes
 from ansible_collections.iommufd.host.plugins.module_utils._pci import DEVICES, Function, read_functions
-from ansible_collections.iommufd.host.plugins.module_utils._qemu import DIRECTORIES, read_qemus
+from ansible_collections.iommufd.host.plugins.module_utils._qemu import DIRECTORIES, package_version, read_qemus
 from ansible_collections.iommufd.host.plugins.module_utils._security import read_memlock, read_security
 from ansible_collections.iommufd.host.plugins.module_utils._selectors import view
 from ansible_collections.iommufd.host.plugins.module_utils._usage import Use, survey_uses
@@ -75,6 +78,9 @@ _MODULES = (
     "kvm_amd",
 )
 
+# One line of each is enough to know its chip, and the first hundreds have all there are.
+_MOST_INTERRUPTS = 512
+
 # The ACPI table that describes the IOMMU, by platform: Intel, AMD, Arm, virtio-iommu.
 _TABLES = ("DMAR", "IVRS", "IORT", "VIOT")
 
@@ -83,24 +89,27 @@ def survey(host: Host) -> dict[str, t.Any]:
     """Survey a host in one pass. What a captured tree lacks is None; nothing is changed, nothing raised.
 
     Returns:
-        A dict with ``distribution``, ``kernel``, ``iommu``, ``nodes``, ``groups``, ``devices``, ``guests``, ``qemu``,
-        ``libvirt``, ``security``, ``memlock`` and ``checks``, of plain types only.
+        A dict with ``live``, ``distribution``, ``kernel``, ``iommu``, ``nodes``, ``groups``, ``devices``, ``guests``,
+        ``qemu``, ``qemu_package``, ``libvirt``, ``security``, ``memlock`` and ``checks``, of plain types only.
     """
     functions = read_functions(host)
     uses, guests = survey_uses(host, functions)
-    groups, known = read_groups(host), by_address(functions)
-    index = ModuleIndex(host)
+    groups, known = read_groups(host, functions), by_address(functions)
+    kernel = decisive_release(host)
+    index = ModuleIndex(host, kernel.name)
     libvirt = read_libvirt_facts(host)
     has_sys = host.is_dir("/sys")
     result: dict[str, t.Any] = {
+        "live": host.live,
         "distribution": read_distribution(host).to_dict(),
-        "kernel": _kernel(host, index),
-        "iommu": _iommu(host) if has_sys else None,
-        "nodes": read_nodes(host).to_dict() if host.is_dir("/dev") else None,
+        "kernel": _kernel(host, kernel, index),
+        "iommu": _iommu(host, functions, groups) if has_sys else None,
+        "nodes": read_nodes(host).to_dict() if has_nodes(host) else None,
         "groups": [_group(group, known) for group in groups.values()] if has_sys else None,
-        "devices": _devices(host, functions, uses, index) if host.is_dir(DEVICES) else None,
-        "guests": [guest.to_dict() for guest in guests] if host.is_dir("/proc") else None,
+        "devices": _devices(host, functions, uses, index) if functions or host.is_dir(DEVICES) else None,
+        "guests": [guest.to_dict() for guest in guests] if _has_processes(host) else None,
         "qemu": [one.to_dict() for one in read_qemus(host)] if any(map(host.is_dir, DIRECTORIES)) else None,
+        "qemu_package": package_version(host),
         "libvirt": libvirt.to_dict() if libvirt is not None else None,
         "security": read_security(host),
         "memlock": read_memlock(host),
@@ -109,20 +118,27 @@ def survey(host: Host) -> dict[str, t.Any]:
     return result
 
 
-def _kernel(host: Host, index: ModuleIndex) -> dict[str, t.Any]:
+def _has_processes(host: Host) -> bool:
+    """Whether a tree shows processes: a report has some files of /proc, but not these."""
+    return host.live or any(name.isdigit() for name in host.listdir("/proc"))
+
+
+def _kernel(host: Host, kernel: Release, index: ModuleIndex) -> dict[str, t.Any]:
     config = read_config(host, index.kernel)
     line = command_line(host)
-    vendor, virtualization = _processor(host)
+    vendor, virtualization, virtual_machine = _processor(host)
     known = index.kernel is not None and (bool(index.files) or index.loaded is not None)
     return {
-        "release": index.kernel,
+        "release": kernel.name,
+        "release_source": kernel.source,
         "installed": installed_releases(host),
-        "architecture": os.uname().machine if host.live else None,
+        "architecture": _architecture(host, kernel.name),
         "cpu_vendor": vendor,
         "virtualization": virtualization,
+        "virtual_machine": virtual_machine,
         "config": None
         if config is None
-        else {"source": config.source, "options": {name: config.get(name) for name in _OPTIONS}},
+        else {"source": config.source, "options": {name: config.known(name) for name in _OPTIONS}},
         "command_line": line,
         "arguments": arguments(line) if line is not None else None,
         "modules": {name: index.state(name).to_dict() for name in _MODULES} if known else None,
@@ -130,8 +146,29 @@ def _kernel(host: Host, index: ModuleIndex) -> dict[str, t.Any]:
     }
 
 
-def _processor(host: Host) -> tuple[str | None, str | None]:
-    """Vendor, and the flag of hardware virtualization: "vmx", "svm", "" for none, None where it is not known.
+# e_machine in the header of an ELF file (elf.h), as `uname -m` says it.
+_MACHINES = {3: "i686", 21: "ppc64le", 22: "s390x", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+_MACHINES_OF_DEBIAN = {"amd64": "x86_64", "arm64": "aarch64", "ppc64el": "ppc64le"}
+
+
+def _architecture(host: Host, release: str | None) -> str | None:
+    """What `uname -m` says; of a captured tree what the release's name or a program in it says."""
+    if host.live:
+        return os.uname().machine
+    suffix = re.split(r"[.-]", release or "")[-1]
+    suffix = _MACHINES_OF_DEBIAN.get(suffix, suffix)
+    if suffix in _MACHINES.values():
+        return suffix
+    for program in ("/usr/bin/env", "/bin/sh", "/usr/lib/systemd/systemd"):
+        header = host.read_bytes(program, 20) or b""
+        if header[:4] == b"\x7fELF" and len(header) == 20:
+            return _MACHINES.get(int.from_bytes(header[18:20], "big" if header[5] == 2 else "little"))
+    return None
+
+
+def _processor(host: Host) -> tuple[str | None, str | None, bool | None]:
+    """Vendor, the flag of hardware virtualization ("vmx", "svm", "" for none), and whether this is itself a virtual
+    machine; None each where it is not known.
 
     The flag decides, not /dev/kvm: the node can be there and of no use.
     """
@@ -140,37 +177,48 @@ def _processor(host: Host) -> tuple[str | None, str | None]:
     vendor = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
     flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     if flags is None:
-        return (vendor[1] if vendor else None), None
+        return (vendor[1] if vendor else None), None, None
     found = [flag for flag in ("vmx", "svm") if flag in flags[1].split()]
-    return (vendor[1] if vendor else None), (found[0] if found else "")
+    return (vendor[1] if vendor else None), (found[0] if found else ""), "hypervisor" in flags[1].split()
 
 
-def _iommu(host: Host) -> dict[str, t.Any]:
+def _iommu(host: Host, functions: t.Sequence[Function], groups: t.Mapping[int, Group]) -> dict[str, t.Any]:
     tables = host.listdir("/sys/firmware/acpi/tables")
     unsafe = {}
     for module in ("vfio_iommu_type1", "iommufd"):
         value = host.read_line(f"/sys/module/{module}/parameters/allow_unsafe_interrupts")
         unsafe[module] = {"Y": True, "N": False, "1": True, "0": False}.get(value or "")
     return {
-        "enabled": bool(host.listdir("/sys/kernel/iommu_groups")),
+        # No group proves something only where functions, or the empty directory, were captured as well.
+        "enabled": bool(groups) if groups or functions or host.is_dir(GROUPS) else None,
         "units": [{"name": unit.name, "kind": unit.kind} for unit in read_units(host)],
         "firmware": next((table for table in _TABLES if table in tables), None),
         "firmware_known": bool(tables),
-        "interrupt_isolation": _interrupt_isolation(host.read_text("/proc/interrupts", 1 << 20)),
+        "interrupt_isolation": _interrupt_isolation(host),
         "unsafe_interrupts": unsafe,
     }
 
 
-def _interrupt_isolation(text: str | None) -> bool | None:
+def _interrupt_isolation(host: Host) -> bool | None:
     """Whether a device's interrupts are kept to those that it was given, by the names of the interrupt chips.
 
-    x86 writes "IR-" before the chips behind remapping (IR-PCI-MSI, IR-IO-APIC); Arm's ITS always translates.
+    x86 writes "IR-" before the chips behind remapping (IR-PCI-MSI, IR-IO-APIC); Arm's ITS always translates. A tree
+    without /proc/interrupts may have the chips' names one by one, or the kernel's log.
     """
-    if text is None:
-        return None
-    if re.search(r"\s(IR-(PCI|IO-APIC|HPET)|ITS-)", text):
+    chips = host.read_text("/proc/interrupts", 1 << 20)
+    if chips is None:
+        numbers = host.listdir("/sys/kernel/irq")[:_MOST_INTERRUPTS]
+        names = {host.read_line(f"/sys/kernel/irq/{number}/chip_name") for number in numbers}
+        chips = " ".join(["", *sorted(filter(None, names))])
+    if re.search(r"\s(IR-(PCI|IO-APIC|HPET)|ITS-)", chips):
         return True
-    return False if re.search(r"\s(PCI-MSI|IO-APIC)", text) else None
+    if re.search(r"\s(PCI-MSI|IO-APIC)", chips):
+        return False
+    for path in ("/var/log/dmesg", "/sos_commands/kernel/dmesg"):
+        # drivers/iommu/intel/irq_remapping.c, drivers/iommu/amd/init.c
+        if re.search(r"DMAR-IR: Enabled IRQ remapping|AMD-Vi: Interrupt remapping enabled", host.read_text(path) or ""):
+            return True
+    return None
 
 
 def _group(group: Group, functions: t.Mapping[str, Function]) -> dict[str, t.Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import re
 import stat
@@ -15,12 +16,17 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
-from ansible_collections.iommufd.host.plugins.module_utils._network import Network
-from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, address_key, is_address, read_functions
+from ansible_collections.iommufd.host.plugins.module_utils._network import (
+    DATAPATH,
+    Network,
+    ask_interfaces,
+    other_namespaces,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, is_address, read_functions
+from ansible_collections.iommufd.host.plugins.module_utils._processes import Guest, read_guest, read_processes
 from ansible_collections.iommufd.host.plugins.module_utils._storage import Storage
 
-# Nodes that nearly every process has open and that lead to no PCI function; not worth a look each.
-_DULL = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/kmsg")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Use:
 
     Attributes:
         kind: mount, swap, lvm, raid, crypt, multipath, zfs, bcache, device-mapper, export (disks); address, route,
-            bond, bridge, team, vlan, macvlan, macvtap, ovs, upper, ssh (interfaces); console, open, guest, mdev, vfs.
+            bond, bridge, team, vlan, macvlan, macvtap, ipvlan, vxlan, vrf, ovs, upper, namespace, ssh (interfaces);
+            console, open, guest, mdev, vfs.
         name: what uses it: a mount point, an interface, a volume, a process, a guest.
         detail: the chain from the function's own device up to there, in words
             ("sda > sda2 > md0 > vg-root is mounted on /").
@@ -46,32 +53,6 @@ class Use:
 
     def to_dict(self) -> dict[str, t.Any]:
         return {"kind": self.kind, "name": self.name, "detail": self.detail}
-
-
-@dataclasses.dataclass
-class Guest:
-    """A running virtual machine.
-
-    Attributes:
-        name: its name ("vm1"), or "process 1234" where it has none.
-        process: the id of its process.
-        program: "qemu-system-x86_64".
-        user: the id of the user that it runs as; None where it is not known.
-        locked_limit: its limit on locked memory in bytes; None for unlimited or unknown.
-        nodes: paths of the iommufd, vfio and KVM nodes that it has open, in order.
-        devices: addresses of the functions that it has open, in order.
-    """
-
-    name: str
-    process: int
-    program: str
-    user: int | None = None
-    locked_limit: int | None = None
-    nodes: list[str] = dataclasses.field(default_factory=list)
-    devices: list[str] = dataclasses.field(default_factory=list)
-
-    def to_dict(self) -> dict[str, t.Any]:
-        return dataclasses.asdict(self)
 
 
 def uses(host: Host, address: str) -> list[Use]:
@@ -162,15 +143,18 @@ class _Search:
 
     def _interfaces(self) -> None:
         network = Network(self.host)
+        seen: set[str] = set()
         for name, path in network.paths.items():
             addresses = self._behind(path)
+            seen.update(addresses)
             if not addresses:
                 continue
             for chain in network.chains(name):
                 top, way = chain[-1], " > ".join(chain)
                 if len(chain) > 1:
                     kind = network.kinds.get(top) or "upper"
-                    self._note(addresses, Use(kind, top, f"{way}: part of the {_LAYER.get(kind, 'interface')} {top}"))
+                    layer = "Open vSwitch datapath" if top == DATAPATH else _LAYER.get(kind, "interface")
+                    self._note(addresses, Use(kind, top, f"{way}: part of the {layer} {top}"))
                 for one in network.addresses.get(top, ()):
                     self._note(addresses, Use("address", one, f"{way} has the address {one}"))
                 routes = network.routes.get(top, [])
@@ -184,15 +168,37 @@ class _Search:
                     peer = network.connection[1]
                     self._note(addresses, Use("ssh", peer, f"{way} carries this very ssh connection from {peer}"))
 
+        self._hidden_interfaces(seen)
+
+    def _hidden_interfaces(self, seen: t.Collection[str]) -> None:
+        """Interfaces that were moved into another network namespace: sysfs shows those of its own only."""
+        hidden = {
+            function.address
+            for function in self.functions.values()
+            if (function.class_id or "").startswith("0x02")
+            and function.driver is not None
+            and not is_vfio_driver(function.driver)
+            and function.address not in seen
+        }
+        for path, whose in other_namespaces(self.host).items() if hidden else ():
+            for name, row in ask_interfaces(self.host, path).items():
+                if row.get("parentdev") in hidden:
+                    words = f"{name} belongs to {whose}"
+                    self._note([row["parentdev"]], Use("namespace", name, words))
+
     # -- displays and serial lines ---------------------------------------------------------------------------------
 
     def _consoles(self) -> None:
         for function in self.functions.values():
             if function.boot_vga and not (function.driver and is_vfio_driver(function.driver)):
                 self._note([function.address], Use("console", "display", "it is the display that the firmware started"))
-        for name in self.host.listdir("/sys/class/graphics"):
+        buffers = {name: f"/sys/class/graphics/{name}/device" for name in self.host.listdir("/sys/class/graphics")}
+        for function in self.functions.values():  # where the tree lacks the class
+            for name in self.host.listdir(f"{function.path}/graphics") if "graphics" in function.entries else ():
+                buffers.setdefault(name, f"{function.path}/graphics/{name}")
+        for name, path in sorted(buffers.items()):
             if re.fullmatch(r"fb\d+", name):
-                behind = self._behind(self.host.realpath(f"/sys/class/graphics/{name}/device"))
+                behind = self._behind(self.host.realpath(path))
                 self._note(behind, Use("console", name, f"its frame buffer {name} is the text console"))
         for name in (self.host.read_line("/sys/class/tty/console/active") or "").split():
             if re.fullmatch(r"[\w.-]+", name):
@@ -203,60 +209,36 @@ class _Search:
 
     def _mediated(self) -> None:
         for name in self.host.listdir("/sys/bus/mdev/devices"):
-            behind = self._behind(self.host.realpath(f"/sys/bus/mdev/devices/{name}"))
-            self._note(behind, Use("mdev", name, f"the mediated device {name} stands on it"))
+            self._note_mediated(self._behind(self.host.realpath(f"/sys/bus/mdev/devices/{name}")), name)
+        for function in self.functions.values():  # where the tree lacks the bus: their names are UUIDs
+            for name in function.entries:
+                if len(name) == 36 and _UUID.fullmatch(name):
+                    self._note_mediated([function.address], name)
+
+    def _note_mediated(self, addresses: t.Iterable[str], name: str) -> None:
+        self._note(addresses, Use("mdev", name, f"the mediated device {name} stands on it"))
 
     # -- processes -------------------------------------------------------------------------------------------------
 
     def _processes(self) -> None:
         leads: dict[str, list[str]] = {}
-        for name in self.host.listdir("/proc"):
-            if not name.isdigit() or name == str(os.getpid()):
-                continue
+        for process in read_processes(self.host):
             opened: dict[str, str] = {}
-            nodes: set[str] = set()
-            for descriptor in self.host.listdir(f"/proc/{name}/fd"):
-                link = f"/proc/{name}/fd/{descriptor}"
-                target = self.host.readlink(link) or ""
-                if not target.startswith(("/dev/", "/sys/")) or target.startswith(("/dev/pts/", *_DULL)):
-                    continue
-                if target.startswith(("/dev/iommu", "/dev/vfio/", "/dev/kvm")):
-                    nodes.add(target)
+            for target, link in process.opened.items():
                 if target not in leads:
                     leads[target] = self._behind_node(target, link)
                 for address in leads[target]:
                     opened.setdefault(address, target)
-            command = self.host.read_line(f"/proc/{name}/comm") if opened or nodes else None
-            guest = self._guest(name, nodes, opened) if opened or nodes else None
+            guest = read_guest(self.host, process, opened)
+            if guest is not None:
+                self.guests.append(guest)
             for address, target in opened.items():
                 if guest is not None:
-                    words = f"the running guest {guest.name} ({guest.program}, process {name}) has {target} open"
-                    self._note([address], Use("guest", guest.name, words))
+                    words = f"the running guest {guest.name} ({guest.program}, process {process.number})"
+                    self._note([address], Use("guest", guest.name, f"{words} has {target} open"))
                 else:
-                    who = command or "unknown"
-                    self._note([address], Use("open", who, f"the process {who} ({name}) has {target} open"))
-
-    def _guest(self, process: str, nodes: t.Collection[str], opened: t.Collection[str]) -> Guest | None:
-        """The guest that a process is; None for any other program that has one of the nodes or devices open."""
-        arguments = (self.host.read_text(f"/proc/{process}/cmdline", 262144) or "").split("\0")
-        program = os.path.basename(arguments[0])
-        if not program.startswith("qemu") and program not in ("kvm", "crosvm", "cloud-hypervisor", "firecracker"):
-            return None
-        status = self.host.read_text(f"/proc/{process}/status", 65536) or ""
-        user = re.search(r"^Uid:\s+(\d+)", status, re.MULTILINE)
-        limits = self.host.read_text(f"/proc/{process}/limits", 65536) or ""
-        locked = re.search(r"^Max locked memory\s+(\d+)", limits, re.MULTILINE)
-        guest = Guest(
-            name=_guest_name(arguments) or f"process {process}",
-            process=int(process),
-            program=program,
-            user=int(user[1]) if user is not None else None,
-            locked_limit=int(locked[1]) if locked is not None else None,
-            nodes=sorted(nodes),
-            devices=sorted(opened, key=address_key),
-        )
-        self.guests.append(guest)
-        return guest
+                    words = f"the process {process.command} ({process.number}) has {target} open"
+                    self._note([address], Use("open", process.command, words))
 
     def _behind_node(self, target: str, link: str) -> list[str]:
         """The functions behind a file that a process has open."""
@@ -272,16 +254,32 @@ class _Search:
         card = re.fullmatch(r"/dev/nvidia(\d+)", target)
         if card is not None:
             return self._nvidia(card[1])
-        status = self.host.stat(link) if self.host.live else None
-        if status is None:
-            return []
-        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        if stat.S_ISBLK(status.st_mode):
+        if not self.host.live:
+            return self._behind_name(target)
+        status = self.host.stat(link)
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if status is not None else ""
+        if status is not None and stat.S_ISBLK(status.st_mode):
             name = self.storage.by_number.get(number, "")
             return self._functions_of_block(name) if name else []
-        if stat.S_ISCHR(status.st_mode):
+        if status is not None and stat.S_ISCHR(status.st_mode):
             return self._behind(self.host.realpath(f"/sys/dev/char/{number}"))
         return []
+
+    def _behind_name(self, target: str) -> list[str]:
+        """As :meth:`_behind_node`, by the name alone: in a captured tree a descriptor has no number to go by."""
+        block = self.storage.resolve(target)
+        if block is not None:
+            return self._functions_of_block(block)
+        name = os.path.basename(target)
+        for kind in self._classes:
+            path = self.host.realpath(f"/sys/class/{kind}/{name}")
+            if path is not None:
+                return self._behind(path)
+        return []
+
+    @functools.cached_property
+    def _classes(self) -> list[str]:
+        return [name for name in self.host.listdir("/sys/class") if name not in ("block", "net")]
 
     def _nvidia(self, minor: str) -> list[str]:
         """NVIDIA's own driver makes its nodes without sysfs; it says in procfs which is which."""
@@ -314,15 +312,6 @@ _LAYER = {
     "macvtap": "macvtap",
     "ipvlan": "IPVLAN",
     "vxlan": "VXLAN",
-    "ovs": "Open vSwitch datapath",
+    "vrf": "VRF",
+    "ovs": "Open vSwitch bridge",
 }
-
-
-def _guest_name(arguments: t.Sequence[str]) -> str | None:
-    """The guest's name on a QEMU command line: ``-name NAME`` or ``-name guest=NAME,debug-threads=on``."""
-    for option, value in zip(arguments, arguments[1:]):
-        if option in ("-name", "--name"):
-            named = re.search(r"(?:^|,)guest=((?:[^,]|,,)*)", value)
-            text = named[1] if named is not None else value.partition(",")[0]
-            return text.replace(",,", ",") or None
-    return None

@@ -69,15 +69,17 @@ def cdev_ready(host: Host, address: str) -> bool:
 
 
 def cdev_supported(host: Host) -> bool | None:
-    """Whether the vfio module in use makes character devices; None while it is not loaded.
+    """Whether the vfio module in use makes character devices; None while it is not loaded or the tree does not tell.
 
     With ``CONFIG_VFIO_DEVICE_CDEV`` it registers a range of device numbers named ``vfio-dev``
     (vfio_cdev_init in drivers/vfio/device_cdev.c).
     """
     if not host.is_dir("/sys/module/vfio"):
         return None
-    lines = (host.read_text("/proc/devices") or "").splitlines()
-    return any(line.split()[1:] == ["vfio-dev"] for line in lines)
+    text = host.read_text("/proc/devices")
+    if text is None:
+        return None
+    return any(line.split()[1:] == ["vfio-dev"] for line in text.splitlines())
 
 
 NO_CDEV = (

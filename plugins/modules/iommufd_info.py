@@ -14,9 +14,11 @@ author:
 description:
   - Reads everything that decides whether guests can have PCI devices of a host over C(/dev/iommu), and changes nothing.
   - >-
-    Tells for each device what the host itself uses it for, through every layer (partitions, RAID, LVM, encryption;
-    bonds, bridges, VLANs), and which checks a host fails, with a remedy for its distribution.
+    Tells for each device what the host itself uses it for, through every layer (partitions, RAID, LVM, encryption,
+    ZFS, images; bonds, bridges, VLANs), which processes and guests have it open, and which checks a host fails, with a
+    remedy for its distribution.
   - With O(root), a captured tree (an unpacked report, an image, another container's view) is surveyed like a live host.
+    What it lacks is null, and a check that cannot be decided without it is V(skip).
 extends_documentation_fragment:
   - iommufd.host._attributes
   - iommufd.host._attributes.actiongroup
@@ -54,6 +56,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+live:
+  description: Whether the running host was surveyed, and not a captured tree.
+  returned: success
+  type: bool
+  sample: true
 distribution:
   description: The distribution, by C(/etc/os-release).
   returned: success
@@ -70,6 +77,27 @@ kernel:
   returned: success
   type: dict
   contains:
+    release:
+      description: The release that the rest is about.
+      type: str
+    release_source:
+      description:
+        - V(running) where the tree says which kernel runs.
+        - Else, of those installed, the one that would start (V(boot)) or the newest (V(newest)).
+      type: str
+    config:
+      description:
+        - The file that it was read from (C(source)), and the C(options), each V(y), V(m), V(n) or its value; null where
+          a truncated file does not tell.
+      type: dict
+    modules:
+      description:
+        - The modules by name. The C(state) of each is V(loaded), V(builtin), V(available), V(missing), or V(unknown) in
+          a tree without an index of modules. C(dkms) tells whether its file lies beside the kernel's own.
+      type: dict
+    virtual_machine:
+      description: Whether the host is itself a virtual machine; null where it is not known.
+      type: bool
     virtualization:
       description: V(vmx), V(svm) or empty, by the processor's flags; null where they are not known.
       type: str
@@ -78,10 +106,12 @@ kernel:
       type: bool
   sample:
     release: 6.12.117+deb13-amd64
+    release_source: running
     installed: [6.12.117+deb13-amd64]
     architecture: x86_64
     cpu_vendor: AuthenticAMD
     virtualization: svm
+    virtual_machine: true
     config:
       source: /boot/config-6.12.117+deb13-amd64
       options: {IOMMUFD: n, VFIO_DEVICE_CDEV: n, VFIO_GROUP: y, VFIO_PCI: m}
@@ -100,6 +130,15 @@ iommu:
   returned: success
   type: dict
   contains:
+    enabled:
+      description: Whether there are IOMMU groups; null where the tree shows neither groups nor functions.
+      type: bool
+    units:
+      description:
+        - The IOMMUs that the kernel uses. The kind is V(VT-d), V(AMD-Vi), V(SMMUv3), V(SMMU), V(virtio-iommu),
+          V(RISC-V IOMMU) or the driver's name.
+      type: list
+      elements: dict
     interrupt_isolation:
       description: Whether interrupts of devices are remapped; null where it cannot be told.
       type: bool
@@ -111,7 +150,9 @@ iommu:
     interrupt_isolation: true
     unsafe_interrupts: {vfio_iommu_type1: false, iommufd: false}
 nodes:
-  description: The device nodes with owner, group, mode, number, links to them and SELinux label; null where missing.
+  description:
+    - The device nodes with owner, group, mode, number, links to them, SELinux label and what an access list grants to
+      others; null where missing. C(expected) is the number that the kernel's device has.
   returned: success
   type: dict
   sample:
@@ -125,6 +166,7 @@ nodes:
       links: []
       label: null
       acl: false
+      acl_entries: []
     kvm: null
     container: null
     cdevs: []
@@ -165,6 +207,41 @@ devices:
   contains:
     in_use:
       description: What the host uses it for.
+      type: list
+      elements: dict
+      contains:
+        kind:
+          description:
+            - Disks, V(mount), V(swap), V(lvm), V(raid), V(crypt), V(multipath), V(zfs), V(bcache), V(device-mapper),
+              V(export).
+            - Interfaces, V(address), V(route), V(bond), V(bridge), V(team), V(vlan), V(macvlan), V(macvtap), V(ipvlan),
+              V(vxlan), V(vrf), V(ovs), V(upper) for any other layer, V(namespace), V(ssh).
+            - Other, V(console), V(open), V(guest), V(mdev), V(vfs).
+          type: str
+        name:
+          description: What uses it, a mount point, a volume, an interface, a process, a guest.
+          type: str
+        detail:
+          description: The chain from the device up to there, in words.
+          type: str
+    iommu_group:
+      description: Number of its group; null with the IOMMU off.
+      type: int
+    numa_node:
+      description: Null where the platform does not say.
+      type: int
+    vfio_device:
+      description: Its character device, while it is bound to a vfio driver that makes them.
+      type: str
+    sriov:
+      description: The VFs of a PF, or the PF of a VF; null for what is neither.
+      type: dict
+    reset_methods:
+      description: Those that the kernel would try, in their order; null where it does not say.
+      type: list
+      elements: str
+    bars:
+      description: The memory and I/O regions that it uses, with their sizes in bytes.
       type: list
       elements: dict
     interfaces:
@@ -210,7 +287,9 @@ devices:
           name: /
           detail: vda > vda2 is mounted on /, the host's root filesystem
 guests:
-  description: The running guests with the nodes and devices that they have open.
+  description:
+    - The running guests with the nodes and devices that they have open, the user that they run as and their limit on
+      locked memory in bytes (null for unlimited). What other users have open only root sees.
   returned: success
   type: list
   elements: dict
@@ -237,14 +316,25 @@ qemu:
       modified: 1757080993
       size: 28686560
       problem: null
+qemu_package:
+  description: The version of the distribution's QEMU by its package database, which a captured tree has as well.
+  returned: success
+  type: str
+  sample: 10.0.13+ds-0+deb13u1
 libvirt:
   description:
     - libvirt, and the C(cgroup_device_acl) in force. Null where it is not installed.
+    - C(can_pass_iommufd) tells whether it opens C(/dev/iommu) itself. A libvirt that runs is asked
+      (C(capability_source) is V(domcapabilities)), of any other the V(version) decides.
+    - C(user) and C(group) are those that C(qemu.conf) sets for guests.
   returned: success
   type: dict
   sample:
     version: 11.3.0-3
     can_pass_iommufd: false
+    capability_source: version
+    user: null
+    group: null
     units: [libvirtd.service, libvirtd.socket]
     config: /etc/libvirt/qemu.conf
     device_acl: [/dev/null, /dev/full, /dev/zero, /dev/random, /dev/urandom, /dev/ptmx, /dev/kvm, /dev/userfaultfd]
@@ -257,7 +347,9 @@ security:
     apparmor: {enabled: true, libvirt_allows_iommu: false}
     selinux: null
 memlock:
-  description: Limits on locked memory in C(/etc/security).
+  description:
+    - Limits on locked memory in KiB, null for unlimited. Those in C(/etc/security) have a user, C(@group) or C(*) as
+      domain; those of systemd the type V(unit) or V(default).
   returned: success
   type: list
   elements: dict

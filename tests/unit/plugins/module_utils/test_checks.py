@@ -21,13 +21,17 @@ NODE = {
     "links": [],
     "label": None,
     "acl": False,
+    "acl_entries": [],
 }
 MODULE = {"name": "iommufd", "state": "loaded", "path": "/m/updates/dkms/iommufd.ko.xz", "dkms": True}
 
 READY: dict[str, t.Any] = {
+    "live": True,
     "distribution": {"id": "debian", "family": "debian"},
     "kernel": {
         "release": "6.12.95+deb13-amd64",
+        "release_source": "running",
+        "virtual_machine": False,
         "architecture": "x86_64",
         "cpu_vendor": "GenuineIntel",
         "virtualization": "vmx",
@@ -55,6 +59,7 @@ READY: dict[str, t.Any] = {
     "libvirt": {
         "version": "12.8.0",
         "can_pass_iommufd": True,
+        "capability_source": "version",
         "device_acl": ["/dev/null"],
         "device_acl_source": "default",
     },
@@ -104,13 +109,18 @@ def test_the_ids_are_stable() -> None:
         "libvirt.iommufd",
         "libvirt.acl",
         "security.apparmor",
+        "security.selinux",
         "memlock",
     ]
 
 
 def test_a_host_that_is_ready() -> None:
     assert {check.id: check.status for check in run_checks(READY) if check.status not in ("ok", "skip")} == {}
-    assert [check.id for check in run_checks(READY) if check.status == "skip"] == ["libvirt.acl", "security.apparmor"]
+    assert [check.id for check in run_checks(READY) if check.status == "skip"] == [
+        "libvirt.acl",
+        "security.apparmor",
+        "security.selinux",
+    ]
 
 
 def test_nothing_known_is_nothing_claimed() -> None:
@@ -276,7 +286,7 @@ def test_qemu(values: dict[str, t.Any], expected: str) -> None:
 
 def test_a_qemu_that_nobody_could_ask() -> None:
     one = {**READY["qemu"][0], "iommufd": None, "version": None}
-    assert status("qemu.iommufd", qemu=[one], kernel__architecture=None)[0] == "skip"
+    assert status("qemu.iommufd", qemu=[one], live=False)[0] == "skip"
 
 
 def test_an_older_libvirt_needs_the_acl_and_apparmor() -> None:
@@ -295,3 +305,102 @@ def test_memlock_matters_where_a_group_may_open_the_node() -> None:
     limit = {"domain": "@kvm", "type": "-", "kib": None, "file": "/etc/security/limits.d/kvm.conf"}
     assert status("memlock", nodes__iommu=shared, memlock=[limit])[0] == "ok"
     assert status("memlock", nodes__iommu=shared, memlock=[{**limit, "kib": 65536}])[0] == "warn"
+
+
+def test_no_iommu_in_a_virtual_machine() -> None:
+    got = status("iommu.enabled", groups=[], iommu__firmware=None, kernel__virtual_machine=True)
+    assert got[0] == "fail"
+    assert "itself a virtual machine" in got[1]
+    assert "intremap=on" in got[2]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"), [("IVRS", "update the firmware"), ("IORT", "SMMU"), ("VIOT", "virtio_iommu (and virtio_pci)")]
+)
+def test_no_iommu_though_the_firmware_has_one(table: str, words: str) -> None:
+    got = status("iommu.enabled", groups=[], iommu__firmware=table)
+    assert got[0] == "fail"
+    assert words in got[2]
+
+
+def test_no_iommu_for_want_of_its_driver() -> None:
+    options = {"AMD_IOMMU": "n"}
+    got = status("iommu.enabled", groups=[], iommu__firmware="IVRS", kernel__config={"source": "", "options": options})
+    assert got[0] == "fail"
+    assert "built without CONFIG_AMD_IOMMU" in got[1]
+
+
+@pytest.mark.parametrize("argument", ["iommu=off", "intel_iommu=off", "intel_iommu=sm_on,off", "amd_iommu=off"])
+def test_the_iommu_was_turned_off(argument: str) -> None:
+    got = status("iommu.enabled", groups=[], kernel__arguments=["quiet", argument, "intel_iommu=igfx_off"])
+    assert got == (
+        "fail",
+        f"The IOMMU is off: the kernel was started with {argument}.",
+        f"Remove {argument} from the kernel command line, and reboot.",
+    )
+
+
+def test_an_iommu_that_cannot_be_seen() -> None:
+    assert status("iommu.enabled", groups=[], iommu__enabled=None)[0] == "skip"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "words"),
+    [("0x8086", "add intel_iommu=on"), ("0x1022", "AMD-Vi; Arm: SMMU)."), (None, "Intel processor")],
+)
+def test_the_host_bridge_tells_whose_processor_it_is(vendor: str | None, words: str) -> None:
+    bridges = (
+        [{"address": "0000:00:00.0", "class_id": "0x060000", "vendor_id": vendor, "driver": None}] if vendor else []
+    )
+    values = {"groups": [], "iommu__firmware": None, "kernel__cpu_vendor": None, "devices": bridges}
+    assert words in status("iommu.enabled", **values)[2]
+
+
+OLDER = {"version": "11.5.0", "can_pass_iommufd": False, "capability_source": "version", "device_acl": []}
+
+
+@pytest.mark.parametrize(
+    ("mode", "label", "libvirt", "expected"),
+    [
+        ("enforcing", "system_u:object_r:device_t:s0", OLDER, "warn"),
+        ("enforcing", "system_u:object_r:vfio_device_t:s0", OLDER, "ok"),
+        ("permissive", "system_u:object_r:device_t:s0", OLDER, "skip"),
+        ("enforcing", None, OLDER, "skip"),
+        ("enforcing", "system_u:object_r:device_t:s0", None, "skip"),
+    ],
+)
+def test_selinux(mode: str, label: str | None, libvirt: dict[str, t.Any] | None, expected: str) -> None:
+    node = {**NODE, "label": label}
+    assert (
+        status("security.selinux", security__selinux={"mode": mode}, nodes__iommu=node, libvirt=libvirt)[0] == expected
+    )
+
+
+def test_a_libvirt_that_says_itself_that_it_cannot() -> None:
+    libvirt = {**OLDER, "version": "12.8.0", "capability_source": "domcapabilities"}
+    got = status("libvirt.iommufd", libvirt=libvirt)
+    assert got[0] == "warn"
+    assert "virsh domcapabilities" in got[1]
+
+
+def test_a_kernel_whose_number_proves_nothing() -> None:
+    """RHEL 9 has iommufd in a kernel that calls itself 5.14."""
+    values = {
+        "kernel__release": "5.14.0-570.el9.x86_64",
+        "kernel__modules": None,
+        "kernel__config": None,
+        "nodes__iommu": None,
+    }
+    assert status("kernel.iommufd", **values)[0] == "fail"
+    assert status("kernel.iommufd", distribution={"id": "rhel", "family": "redhat"}, **values)[0] == "skip"
+
+
+def test_kvm_on_arm() -> None:
+    values = {"kernel__virtualization": None, "kernel__architecture": "aarch64"}
+    assert status("kvm", nodes__kvm=None, **values)[0] == "warn"
+    assert status("kvm", **values)[0] == "ok"
+
+
+def test_who_else_may_open_a_node() -> None:
+    node = {**NODE, "acl": True, "acl_entries": ["user:libvirt-qemu:rw-"]}
+    assert "access lists user:libvirt-qemu:rw-" in status("node.permissions", nodes__iommu=node)[1]

@@ -7,11 +7,12 @@ from __future__ import annotations
 import os
 import pathlib
 import stat
+import struct
 
 import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import Accounts, read_node, read_nodes
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import Accounts, acl_entries, read_node, read_nodes
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 
@@ -83,3 +84,21 @@ def test_a_real_node(peopled: Machine) -> None:
     node = read_node(peopled.host, "/dev/iommu")
     assert node is not None
     assert (node.owner, node.group, node.mode_text, node.number) == ("libvirt-qemu", "kvm", "0640", "10:124")
+
+
+def test_what_an_access_list_grants(machine: Machine) -> None:
+    """As the kernel encodes it: owner, a user, the group, another group, the mask, others."""
+    machine.file("/etc/passwd", "qemu:x:107:107::/:/sbin/nologin\n")
+    entries = [(1, 6, 2**32 - 1), (2, 6, 107), (4, 6, 2**32 - 1), (8, 4, 36), (16, 6, 2**32 - 1), (32, 0, 2**32 - 1)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    assert acl_entries(acl, Accounts(machine.host)) == ["user:qemu:rw-", "group:36:r--"]
+    assert acl_entries(acl[:-3], Accounts(machine.host)) == ["user:qemu:rw-", "group:36:r--"]
+    assert acl_entries(b"", Accounts(machine.host)) == []
+
+
+def test_the_number_by_the_list_of_minors(machine: Machine) -> None:
+    machine.file("/dev/iommu", "")
+    machine.file("/proc/misc", "232 kvm\n124 iommu\n")
+    node = read_nodes(machine.host).iommu
+    assert node is not None
+    assert node.expected == "10:124"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -166,7 +167,9 @@ def test_a_real_machine_as_lspci_sees_it(name: str, request: pytest.FixtureReque
         expected[rows["Slot"]] = {
             "vendor_id": "0x" + rows["Vendor"],
             "device_id": "0x" + rows["Device"],
-            "class": "0x" + rows["Class"],
+            "subsystem": ("0x" + rows["SVendor"], "0x" + rows["SDevice"]) if "SVendor" in rows else None,
+            "class": "0x" + rows["Class"] + rows.get("ProgIf", "00"),
+            "revision": "0x" + rows.get("Rev", "00"),
             "driver": rows.get("Driver"),
             "numa_node": int(rows["NUMANode"]) if "NUMANode" in rows else None,
             "iommu_group": int(rows["IOMMUGroup"]) if "IOMMUGroup" in rows else None,
@@ -175,7 +178,12 @@ def test_a_real_machine_as_lspci_sees_it(name: str, request: pytest.FixtureReque
         one.address: {
             "vendor_id": one.vendor_id,
             "device_id": one.device_id,
-            "class": one.class_id[:6] if one.class_id else None,
+            # A bridge has no such register, and sysfs then has zeros.
+            "subsystem": None
+            if one.subsystem_vendor_id == "0x0000"
+            else (one.subsystem_vendor_id, one.subsystem_device_id),
+            "class": one.class_id,
+            "revision": one.revision,
             "driver": one.driver,
             "numa_node": one.numa_node,
             "iommu_group": one.iommu_group,
@@ -197,6 +205,29 @@ def test_the_virtual_functions_of_a_real_machine(vgpu_node: pathlib.Path) -> Non
     assert physical.sriov is not None
     assert physical.sriov.num_vfs == 16
     assert physical.sriov.vfs == [one.address for one in virtual]
+
+
+@pytest.mark.skipif(shutil.which("lspci") is None, reason="lspci is not installed")
+def test_the_counts_of_virtual_functions_as_lspci_sees_them(vgpu_node: pathlib.Path) -> None:
+    """lspci decodes them from the configuration space, not from the attributes."""
+    command = ["lspci", "-A", "linux-sysfs", "-O", f"sysfs.path={vgpu_node}/sys/bus/pci", "-D", "-vvv"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    expected = {}
+    for paragraph in said.strip().split("\n\n"):
+        counts = re.search(r"Total VFs: (\d+), Number of VFs: (\d+)", paragraph)
+        if counts is not None:
+            expected[paragraph.split()[0]] = (int(counts[1]), int(counts[2]))
+    found = {
+        one.address: (one.sriov.total_vfs or 0, one.sriov.num_vfs)
+        for one in read_functions(Host(str(vgpu_node)))
+        if one.sriov is not None and one.sriov.physfn is None
+    }
+    assert expected
+    assert {address: now for address, (_most, now) in found.items()} == {
+        address: now for address, (_most, now) in expected.items()
+    }
+    # A driver may offer fewer than the hardware could have (ixgbe keeps one of 64 for the PF).
+    assert all(found[address][0] in (most, most - 1) for address, (most, _now) in expected.items())
 
 
 def test_an_unknown_class_is_no_bridge() -> None:

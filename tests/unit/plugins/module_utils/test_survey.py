@@ -14,7 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._libvirt import can_pass, read_libvirt_facts
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt import (
+    can_pass,
+    parse_capabilities,
+    read_libvirt_facts,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._security import read_memlock, read_security
 from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
@@ -92,6 +96,17 @@ def furnish(machine: Machine) -> None:
     machine.file("/proc/9/status", "Name:\tqemu\nUid:\t64055\t64055\t64055\t64055\n")
     machine.file("/proc/9/limits", "Max locked memory         8388608              8388608              bytes\n")
     machine.file("/usr/bin/qemu-system-x86_64", b"\x7fELF")
+    machine.file(f"/run/udev/data/b{machine.number('nvme0n1')}", "S:disk/by-id/one\nE:ID_FS_TYPE=zfs_member\n")
+    machine.file("/etc/zfs/zpool.cache", b"\1\1\0\0" + bytes(8) + b"\0\0\0\x30" * 30)
+    machine.file("/etc/openvswitch/conf.db", b'OVSDB JSON 16 0\n{"Bridge":{"b":{}}}\n')
+    machine.file("/proc/spl/kstat/zfs/tank/state", "ONLINE\n")
+    machine.file("/proc/mdstat", "md0 : active raid1 nvme0n1[0]\n")
+    machine.file("/proc/misc", "124 iommu\n")
+    machine.file("/proc/net/vlan/config", "VLAN Dev name | VLAN ID\nbr0 | 7 | eth0\n")
+    machine.file("/boot/grub2/grubenv", "saved_entry=x\n")
+    machine.file("/etc/systemd/system/libvirtd.service", "[Service]\nLimitMEMLOCK=64M:infinity\n")
+    machine.file("/usr/lib/sysimage/rpm/rpmdb.sqlite", b"SQLite format 3\0" + bytes(100))
+    machine.file("/installed-rpms", "libvirt-12.1.0-1.x86_64 x\n")
     machine.at("/usr/bin/qemu-system-x86_64").chmod(0o755)
 
 
@@ -107,7 +122,7 @@ def test_a_machine_with_everything(machine: Machine) -> None:
     ]
     for device in result["devices"]:
         assert set(device) >= CONTRACT
-    assert [use["kind"] for use in result["devices"][1]["in_use"]] == ["swap", "lvm", "mount"]
+    assert [use["kind"] for use in result["devices"][1]["in_use"]] == ["zfs", "swap", "lvm", "mount"]
     assert result["devices"][3]["vfio_drivers"] == ["vfio_pci"]
     assert result["groups"][1] == {
         "number": 2,
@@ -142,6 +157,12 @@ def test_a_machine_with_everything(machine: Machine) -> None:
     assert result["memlock"] == [
         {"domain": "@kvm", "type": "-", "kib": None, "file": "/etc/security/limits.d/kvm.conf"},
         {"domain": "x", "type": "hard", "kib": 64, "file": "/etc/security/limits.d/kvm.conf"},
+        {
+            "domain": "libvirtd.service",
+            "type": "unit",
+            "kib": 65536,
+            "file": "/etc/systemd/system/libvirtd.service",
+        },
     ]
 
 
@@ -179,7 +200,7 @@ DAMAGE = st.one_of(
     st.just(b"a" * (5 << 20)),
     st.binary(max_size=60),
     st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.sampled_from(["gone", "directory", "unreadable", "loop", "dangling", "fifo", "truncated"]),
+    st.sampled_from(["gone", "directory", "unreadable", "loop", "dangling", "fifo", "huge", "truncated"]),
 )
 
 
@@ -218,6 +239,9 @@ def _damage(path: pathlib.Path, how: bytes | str) -> None:
         path.symlink_to("/no/such/thing")
     elif how == "fifo":
         os.mkfifo(path)
+    elif how == "huge":  # sparse: only reading it would cost
+        path.write_bytes(whole)
+        os.truncate(path, 1 << 30)
     elif how == "truncated":
         path.write_bytes(whole[: len(whole) // 2])
 
@@ -282,3 +306,46 @@ def test_security_modules(machine: Machine) -> None:
         "apparmor": {"enabled": None, "libvirt_allows_iommu": False},
         "selinux": {"mode": "enforcing"},
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<domainCapabilities><hostdev supported='yes'></hostdev></domainCapabilities>", False),
+        ("<domainCapabilities>\n<enum name='iommufd'>\n<value>yes</value>\n<value>no</value>\n</enum>", True),
+        ("<domainCapabilities><enum name='iommufd'><value>no</value></enum><value>yes</value>", False),
+        ("error: failed to connect to the hypervisor", None),
+    ],
+)
+def test_what_libvirt_says_of_itself(text: str, answer: bool | None) -> None:
+    assert parse_capabilities(text) is answer
+
+
+def test_whom_guests_of_libvirt_run_as(machine: Machine) -> None:
+    machine.file("/etc/libvirt/qemu.conf", '#user = "x"\n user = "+107"\ngroup="kvm"\nuser = "later"\n')
+    facts = read_libvirt_facts(machine.host)
+    assert facts is not None
+    assert (facts.user, facts.group) == ("107", "kvm")
+
+
+def test_memory_limits_of_units(machine: Machine) -> None:
+    """A drop-in of /etc replaces the one of the same name in /usr; a template's limit counts for all users."""
+    machine.file("/usr/lib/systemd/system/virtqemud.service", "[Service]\nLimitMEMLOCK=64M\n")
+    machine.file("/usr/lib/systemd/system/virtqemud.service.d/10.conf", "[Service]\nLimitMEMLOCK=1G\n")
+    machine.file("/etc/systemd/system/virtqemud.service.d/10.conf", "[Service]\nLimitMEMLOCK=infinity\n")
+    machine.file("/etc/systemd/system.conf", "[Manager]\n#DefaultLimitMEMLOCK=8M\nDefaultLimitMEMLOCK=16777216\n")
+    assert read_memlock(machine.host) == [
+        {"domain": "systemd", "type": "default", "kib": 16384, "file": "/etc/systemd/system.conf"},
+        {
+            "domain": "virtqemud.service",
+            "type": "unit",
+            "kib": 65536,
+            "file": "/usr/lib/systemd/system/virtqemud.service",
+        },
+        {
+            "domain": "virtqemud.service",
+            "type": "unit",
+            "kib": None,
+            "file": "/etc/systemd/system/virtqemud.service.d/10.conf",
+        },
+    ]

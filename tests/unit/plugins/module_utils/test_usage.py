@@ -364,9 +364,16 @@ def test_a_real_machine(vgpu_node: pathlib.Path) -> None:
         found = all_uses(Host(str(vgpu_node)))
     finally:
         shutil.rmtree(vgpu_node / "proc")
+    mediated = {
+        "0000:08:00.4": [("mdev", "f715f63c-0d00-4007-9c5a-b07b0c6c05de")],
+        "0000:08:00.6": [("mdev", "3deab9a4-200a-4c54-99b1-5eb0722d1d81")],
+        "0000:08:02.0": [("mdev", "c728e022-f16f-434b-ad2c-9665ee634d3d")],
+        "0000:08:00.0": [("vfs", "0000:08:00.4"), ("vfs", "0000:08:00.6"), ("vfs", "0000:08:02.0")],
+    }
     assert {address: [(use.kind, use.name) for use in some] for address, some in found.items()} == {
-        "0000:01:00.1": [("console", "display")],
+        "0000:01:00.1": [("console", "display"), ("console", "fb0")],
         "0000:03:00.0": [("mount", "/")],
+        **mediated,
         "0000:04:00.1": [("bond", "mgmt-bo"), ("bridge", "mgmt-br"), ("route", "default"), ("upper", "flannel.1")],
     }
     assert found["0000:03:00.0"][0].detail == "sda > sda4 is mounted on /, the host's root filesystem"
