@@ -140,6 +140,8 @@ seealso:
   - module: iommufd.host.vfio_bind
 notes:
   - Some drivers take the link of the PF down for a moment when the number changes.
+  - With most drivers the interface of the PF must be up for its VFs to have a link. That is the business of the host's
+    network configuration; this module leaves it alone.
 author:
   - the iommufd.host authors (@iommufd)
 """

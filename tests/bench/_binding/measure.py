@@ -22,7 +22,7 @@ PCI = "/sys/bus/pci"
 LOOP = """
 for vf in "$@"; do
     echo vfio-pci >/sys/bus/pci/devices/$vf/driver_override
-    echo $vf >/sys/bus/pci/devices/$vf/driver/unbind
+    [ ! -e /sys/bus/pci/devices/$vf/driver ] || echo $vf >/sys/bus/pci/devices/$vf/driver/unbind
     echo $vf >/sys/bus/pci/drivers_probe
 done
 """
