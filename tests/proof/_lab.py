@@ -184,6 +184,16 @@ class LabHost:
         check(done.returncode == 0, f"`{script}` ended with status {done.returncode}: {done.stderr}")
         return done.stdout
 
+    def record(self) -> None:
+        """Record the whole host, durably: /etc, /boot, /usr, packages, drivers, services."""
+        self.sh("python3 /var/tmp/proof/host_state.py record /var/tmp/proof/before.json; sync", timeout=900)
+
+    def unequal(self) -> list[str]:
+        """What is not as it was recorded. Which kernel modules are loaded says only which programs have run."""
+        script = "python3 /var/tmp/proof/host_state.py compare /var/tmp/proof/before.json"
+        lines = self.sh(script, timeout=900, ok=(0, 1)).splitlines()
+        return [line for line in lines if line.strip() and not line.startswith("kernel module ")]
+
     def complaints(self) -> list[str]:
         """What the kernel complained of on its console, in all boots of this host."""
         console = (self.directory / self.name / "serial.log").read_text(errors="replace")
