@@ -14,7 +14,7 @@ import dataclasses
 import re
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     Group,
@@ -30,28 +30,50 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     modules_directory,
     read_config,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._memory import (
+    merge,
+    plan_memory,
+    read_memory,
+    remembered,
+    view_of_gone,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._names import Names, read_names
 from ansible_collections.iommufd.host.plugins.module_utils._pci import (
+    DEVICES,
     LOCK_SECONDS,
     Function,
     address_key,
-    nearest_addresses,
-    parse_address,
     read_function,
     read_functions,
+    vf_addresses,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._persistence import Entry, plan_persistence, read_entries
+from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
+    Entry,
+    identity_of,
+    plan_persistence,
+    read_entries,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step
+from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals
+from ansible_collections.iommufd.host.plugins.module_utils._selectors import Selector, choose, parse_selectors, view
+from ansible_collections.iommufd.host.plugins.module_utils._udev import (
+    Promise,
+    cdev_link,
+    check_promise,
+    read_promise,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._usage import Use, all_uses
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     NO_CDEV,
     Bind,
     LoadDriver,
+    Mover,
     Release,
+    cdev_of,
     cdev_ready,
     cdev_supported,
 )
 
-ACCEPTED_SELECTOR = "a PCI address such as 0000:02:00.0, or a dictionary with the key address"
 ACCEPTED_DRIVER = "vfio-pci, the name of a variant of it such as mlx5_vfio_pci, or auto"
 
 IOMMU_OFF = (
@@ -67,10 +89,10 @@ class Request:
     """What the user wants.
 
     Attributes:
-        devices: selectors as written: addresses, or dictionaries with ``address``.
+        devices: selectors as written, see :mod:`_selectors`.
         bound: True: to a vfio driver; False: back to the host.
         persistent: whether that also holds after a reboot.
-        force: take also what is in use, but never the root disk or the interface of this connection.
+        force: take also what is in use and addressed, but never the root disk or the interface of this connection.
         include_group: take the companions in the IOMMU groups along.
         driver: a vfio driver's name, or "auto".
         require_cdev: whether a character device must appear.
@@ -98,6 +120,9 @@ class Situation:
         groups: IOMMU groups by number.
         uses: uses by address.
         kept: what is kept across reboots now.
+        memory: what is remembered of devices for this boot.
+        names: what the host calls each function now, by address.
+        remembered: what it called those that it has given away, by address.
         index: modules of the running kernel.
         config: the running kernel's configuration, where it is known.
         cdev_supported: whether the loaded vfio makes character devices; None while it is not loaded.
@@ -110,6 +135,9 @@ class Situation:
     index: ModuleIndex
     config: Config | None = None
     cdev_supported: bool | None = None
+    memory: dict[str, Entry] = dataclasses.field(default_factory=dict)
+    names: dict[str, Names] = dataclasses.field(default_factory=dict)
+    remembered: dict[str, Names] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -119,7 +147,7 @@ class Move:
     Attributes:
         function: as it is before.
         reason: why it is part of the call.
-        named: whether its address stands in the call (a companion's does not).
+        named: whether its address is written out in the call; force is for nothing else.
         to: driver that it shall have; None: whatever the host has for it.
         needed: whether anything has to be done with it now.
         expected: modules of the host that claim it, for its way back.
@@ -144,6 +172,7 @@ class Binding:
     moves: list[Move]
     plan: Plan
     kept: dict[str, Entry]
+    names: dict[str, Names]
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -155,6 +184,9 @@ def read_situation(host: Host) -> Situation:
         groups=read_groups(host),
         uses=all_uses(host, functions),
         kept=read_entries(host),
+        memory=read_memory(host),
+        names=read_names(host, functions),
+        remembered=remembered(host, functions),
         index=ModuleIndex(host),
         config=read_config(host),
         cdev_supported=cdev_supported(host),
@@ -164,44 +196,79 @@ def read_situation(host: Host) -> Situation:
 # -- selection -----------------------------------------------------------------------------------------------------
 
 
-def select(host: Host, situation: Situation, request: Request) -> tuple[list[Move], list[str]]:
-    """The functions that the selectors name, in the order of their addresses, each once.
+@dataclasses.dataclass
+class Selection:
+    """What the selectors of a call name.
 
-    Returns:
-        The moves, and the addresses of devices that are no longer there but still in the file of those kept.
+    Attributes:
+        moves: the functions, in the order of their addresses, each once.
+        gone: addresses of devices that are no longer there but still remembered.
+        excluded: addresses that must not be taken, not even as companions.
+        by_name: whether a selector uses what a device loses with the host's driver.
+        missing: sentences about VFs that are not there.
+    """
+
+    moves: list[Move]
+    gone: list[str]
+    excluded: set[str]
+    by_name: bool
+    missing: list[str]
+
+
+def select(situation: Situation, request: Request) -> Selection:
+    """The functions that the selectors name.
+
+    Giving back, a selector that only describes devices concerns those on a vfio driver and those that we keep; and one
+    that is remembered but no longer there can be forgotten.
 
     Raises:
-        OptionError: a selector is malformed or names what the host does not have.
+        OptionError: a selector is malformed, or names what the host does not have.
     """
-    moves: dict[str, Move] = {}
+    selectors = parse_selectors("devices", list(request.devices))
+    names, memory = situation.names, situation.remembered
+    views = [view(one, names.get(one.address), memory.get(one.address)) for one in situation.functions.values()]
+    entries = {**situation.memory, **situation.kept}
+    if not request.bound:
+        views += [view_of_gone(one) for address, one in entries.items() if address not in situation.functions]
+    selectors, absent = _without_absent_vfs(situation, request, selectors, entries)
+    choice = choose(selectors, views, pending=request.pending, lenient=not request.bound)
+    moves: list[Move] = []
     gone: list[str] = []
-    for number, selector in enumerate(request.devices):
-        option = f"devices[{number}]"
-        value = selector
-        if isinstance(selector, dict):
-            if set(selector) != {"address"}:
-                raise OptionError(option, selector, ACCEPTED_SELECTOR)
-            option, value = f"{option}.address", selector["address"]
-        elif not isinstance(selector, str):
-            raise OptionError(option, selector, ACCEPTED_SELECTOR)
-        address = parse_address(option, value)
-        function = situation.functions.get(address)
-        if function is not None:
-            moves.setdefault(address, Move(function, f"named by {option}", named=True))
-        elif not request.bound and address in situation.kept:
-            gone.append(address)
-        else:
-            near = ", ".join(nearest_addresses(host, address)) or "none, it has no PCI devices"
-            raise OptionError(
-                option, value, f"an address of a device of this host; the nearest: {near}", "there is no such device"
-            )
-    return [moves[address] for address in sorted(moves, key=address_key)], gone
+    for one in choice.chosen:
+        function = situation.functions.get(one.address)
+        if function is None:
+            gone.append(one.address)
+        elif request.bound or one.addressed or one.address in entries or _on_vfio(function):
+            moves.append(Move(function, one.reason, named=one.addressed))
+    moves.sort(key=lambda move: address_key(move.address))
+    by_name = any(selector.by_name for selector in selectors)
+    return Selection(moves, gone, choice.excluded, by_name, [*choice.missing, *absent])
 
 
-def companions(situation: Situation, moves: t.Sequence[Move], bound: bool) -> list[Move]:
+def _without_absent_vfs(
+    situation: Situation, request: Request, selectors: t.Sequence[Selector], entries: t.Collection[str]
+) -> tuple[list[Selector], list[str]]:
+    """The selectors without those that write out the address of a VF that is about to be made, or that has been removed
+    before it could be given back; and a sentence about each that is about to be made."""
+    if request.bound and not request.pending:
+        return list(selectors), []
+    possible = {address for function in situation.functions.values() for address in vf_addresses(function)}
+    absent = possible.difference(situation.functions, entries)
+    left_out = [selector for selector in selectors if selector.address in absent]
+    words = [f"{one.option}: the VF {one.address} is not there yet and is left out." for one in left_out]
+    return [selector for selector in selectors if selector not in left_out], words if request.bound else []
+
+
+def _on_vfio(function: Function) -> bool:
+    return any(is_vfio_driver(one) for one in (function.driver, function.driver_override) if one is not None)
+
+
+def companions(
+    situation: Situation, moves: t.Sequence[Move], bound: bool, excluded: t.Collection[str] = ()
+) -> list[Move]:
     """The other members of the moves' groups that must go along: on a host driver (they block) or on vfio already."""
     found: dict[str, Move] = {}
-    chosen = {move.address for move in moves}
+    chosen = {move.address for move in moves}.union(excluded)
     for move in moves:
         number = move.function.iommu_group
         group = None if number is None else situation.groups.get(number)
@@ -242,24 +309,7 @@ def driver_for(situation: Situation, function: Function, driver: str) -> str:
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Refusals:
-    """What speaks against a call, collected so that all of it is said at once."""
-
-    found: list[dict[str, t.Any]] = dataclasses.field(default_factory=list)
-
-    def add(self, reason: str, address: str | None = None, uses: t.Sequence[Use] = ()) -> None:
-        if all(one["reason"] != reason for one in self.found):
-            self.found.append({"address": address, "reason": reason, "uses": [use.to_dict() for use in uses]})
-
-    def speak(self, hint: str) -> None:
-        if not self.found:
-            return
-        reasons = " ".join(one["reason"][0].upper() + one["reason"][1:] + "." for one in self.found)
-        raise Refusal(f"Refused, and nothing has been changed. {reasons}{hint}", refusals=self.found)
-
-
-def _refuse_locked(refusals: _Refusals, move: Move) -> bool:
+def _refuse_locked(refusals: Refusals, move: Move) -> bool:
     """Add that a function cannot be moved by anybody now; returns whether that is so."""
     function = move.function
     if function.locked:
@@ -271,7 +321,7 @@ def _refuse_locked(refusals: _Refusals, move: Move) -> bool:
     return function.locked
 
 
-def _refuse_uses(refusals: _Refusals, situation: Situation, move: Move, force: bool) -> bool:
+def _refuse_uses(refusals: Refusals, situation: Situation, move: Move, force: bool) -> bool:
     """Add what uses a function; returns whether force (with the address written out) would help."""
     found = situation.uses.get(move.address, [])
     forced = force and move.named
@@ -279,11 +329,14 @@ def _refuse_uses(refusals: _Refusals, situation: Situation, move: Move, force: b
     if not counting:
         return False
     words = "; ".join(use.detail for use in counting)
+    vital = any(use.vital for use in counting)
+    if force and not vital:
+        words += f". It was taken up as {move.reason}, and force is only for a device whose address is written out"
     refusals.add(f"{move.address} is in use: {words}", move.address, counting)
-    return not any(use.vital for use in counting)
+    return not vital
 
 
-def _refuse_virtual(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
+def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
     """A physical function's driver takes its VFs along when it goes."""
     sriov = move.function.sriov
     if sriov is None or not sriov.num_vfs:
@@ -303,7 +356,7 @@ def _refuse_virtual(refusals: _Refusals, situation: Situation, move: Move, chose
         )
 
 
-def _refuse_group(refusals: _Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
+def _refuse_group(refusals: Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
     number = move.function.iommu_group
     if number is None:
         refusals.add(f"{move.address} has no IOMMU group: {IOMMU_OFF}", move.address)
@@ -322,7 +375,7 @@ def _refuse_group(refusals: _Refusals, situation: Situation, move: Move, chosen:
         )
 
 
-def _refuse_driver(refusals: _Refusals, situation: Situation, driver: str, require_cdev: bool) -> None:
+def _refuse_driver(refusals: Refusals, situation: Situation, driver: str, require_cdev: bool) -> None:
     module: Module = situation.index.state(driver)
     if not module.usable:
         refusals.add(
@@ -352,28 +405,41 @@ def decide(host: Host, situation: Situation, request: Request) -> Binding:
         Refusal: the call is unsafe or impossible; all reasons at once, as data in ``refusals``.
     """
     check_driver(request.driver)
-    moves, gone = select(host, situation, request)
+    selection = select(situation, request)
+    moves = selection.moves
     if request.include_group:
-        moves = sorted(
-            [*moves, *companions(situation, moves, request.bound)], key=lambda move: address_key(move.address)
-        )
-    warnings: list[str] = []
+        along = companions(situation, moves, request.bound, selection.excluded)
+        moves = sorted([*moves, *along], key=lambda move: address_key(move.address))
+    warnings = list(selection.missing)
     if request.bound:
         _decide_bound(situation, request, moves, warnings)
     else:
         _decide_unbound(host, situation, request, moves)
-    kept = {address: entry for address, entry in situation.kept.items() if address not in gone}
+    kept = {address: entry for address, entry in situation.kept.items() if address not in selection.gone}
+    memory = {address: entry for address, entry in situation.memory.items() if address not in selection.gone}
+    names = {
+        move.address: merge(situation.names.get(move.address), situation.remembered.get(move.address)) for move in moves
+    }
     for move in moves:
-        kept.pop(move.address, None)
-        if request.bound and request.persistent and move.to is not None:
-            kept[move.address] = _entry(move.function, move.to)
-    plan = Plan(_live_steps(host, request, moves))
+        was_kept = kept.pop(move.address, None) is not None
+        was_remembered = memory.pop(move.address, None) is not None
+        if not request.bound or move.to is None:
+            continue
+        named = names[move.address]
+        if request.persistent:
+            kept[move.address] = _entry(move.function, move.to, named)
+        # A run by names that is interrupted, and one that does not keep the devices, must find them again by the same.
+        in_run = was_remembered or (selection.by_name and move.needed) or (was_kept and not request.persistent)
+        if in_run and named.given:
+            memory[move.address] = _entry(move.function, move.to, named)
+    remember, live = plan_memory(host, memory), _live_steps(host, request, moves)
+    plan = Plan([*remember, *live] if request.bound else [*live, *remember])
     plan.add(*plan_persistence(host, kept, _Claims(host, situation)))
-    return Binding(moves, plan, kept, warnings)
+    return Binding(moves, plan, kept, names, warnings)
 
 
 def _decide_bound(situation: Situation, request: Request, moves: list[Move], warnings: list[str]) -> None:
-    refusals = _Refusals()
+    refusals = Refusals()
     chosen = {move.address for move in moves}
     helps = False
     for move in moves:
@@ -405,7 +471,7 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
 
 
 def _decide_unbound(host: Host, situation: Situation, request: Request, moves: list[Move]) -> None:
-    refusals = _Refusals()
+    refusals = Refusals()
     chosen = {move.address for move in moves}
     for move in moves:
         function = move.function
@@ -418,7 +484,7 @@ def _decide_unbound(host: Host, situation: Situation, request: Request, moves: l
         ours = override is not None and is_vfio_driver(override)
         unfinished = function.driver is None and move.address in situation.kept
         move.needed = on_vfio or ours or unfinished
-        move.expected = tuple(claims.modules(situation.index, function))
+        move.expected = tuple(claims.modules(situation.index, function)) if _probed(host, function) else ()
         if not on_vfio:
             continue
         _refuse_uses(refusals, situation, move, request.force)
@@ -436,14 +502,22 @@ def _decide_unbound(host: Host, situation: Situation, request: Request, moves: l
     refusals.speak("")
 
 
-def _entry(function: Function, driver: str) -> Entry:
-    if function.vendor_id is None or function.device_id is None:
+def _probed(host: Host, function: Function) -> bool:
+    """Whether the kernel looks for a driver of the host at all: not for VFs of a PF whose autoprobe is off."""
+    physfn = function.sriov.physfn if function.sriov else None
+    return physfn is None or host.read_line(f"{DEVICES}/{physfn}/sriov_drivers_autoprobe") != "0"
+
+
+def _entry(function: Function, driver: str, names: Names) -> Entry:
+    identity = identity_of(function)
+    if identity is None:
         raise HostError(f"{function.address} does not tell its vendor and device; it cannot be recognized at boot")
-    return Entry(function.address, driver, f"{function.vendor_id[2:]}:{function.device_id[2:]}")
+    return Entry(function.address, driver, identity, names)
 
 
 def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[Step]:
     steps: list[Step] = []
+    mover = Mover(host)
     needed = [move for move in moves if move.needed]
     if request.bound:
         for driver in sorted({move.to for move in needed if move.to is not None}):
@@ -478,6 +552,7 @@ def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[S
                     require_cdev=request.require_cdev,
                     timeout=request.timeout,
                     host=host,
+                    mover=mover,
                 )
             )
         else:
@@ -495,6 +570,7 @@ def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[S
                     expected=move.expected,
                     timeout=request.timeout,
                     host=host,
+                    mover=mover,
                 )
             )
     return steps
@@ -558,6 +634,7 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
         HostError: one does not; ``details`` has ``unkept``.
     """
     unkept = []
+    promise: Promise | None = None
     for move in binding.moves:
         function = read_function(host, move.address)
         if function is None:
@@ -572,8 +649,15 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
                 )
         elif function.driver != move.to:
             unkept.append(f"{move.address} is bound to {function.driver or 'no driver'}, not to {move.to}")
-        elif request.require_cdev and not cdev_ready(host, move.address):
-            unkept.append(f"{move.address} is bound to {move.to}, but has no usable character device")
+        elif request.require_cdev:
+            node = cdev_of(host, move.address)
+            if node is None or not cdev_ready(host, move.address):
+                unkept.append(f"{move.address} is bound to {move.to}, but has no usable character device")
+                continue
+            promise = promise or read_promise(host)
+            wrong = check_promise(host, promise, move.address, node)
+            if wrong is not None:
+                unkept.append(f"{move.address} is bound to {move.to}, but {wrong}")
     if read_entries(host) != binding.kept:
         unkept.append("the list of devices kept across reboots is not as it was written")
     if unkept:
@@ -593,10 +677,14 @@ def describe(host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], plan
     for move in binding.moves:
         function = move.function if planned else read_function(host, move.address) or move.function
         device = function.to_dict()
+        device["remembered"] = binding.names[move.address].to_dict() if move.to is not None else None
         device["in_use"] = [use.to_dict() for use in uses.get(move.address, [])]
         if planned and move.needed:
             expected = move.expected[0] if move.expected else None
             device.update(driver=move.to or expected, driver_override=move.to, vfio_device=None)
+        # Only a name that leads to this very device will do on a command line.
+        link = cdev_link(move.address)
+        device["vfio_link"] = link if device["vfio_device"] and host.realpath(link) == device["vfio_device"] else None
         device["from_driver"] = move.function.driver
         device["to_driver"] = device["driver"]
         device["reason"] = move.reason

@@ -29,12 +29,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_group,
     read_members,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._pci import (
-    ACCEPTED_ADDRESS,
-    Function,
-    nearest_addresses,
-    read_function,
-)
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import read_qemu
 
 Json = dict[str, t.Any]
@@ -57,7 +52,7 @@ class Request:
     """What the user wants.
 
     Attributes:
-        devices: PCI addresses as the kernel writes them, in order.
+        devices: PCI addresses as the kernel writes them, in order, each once.
         user: name of the unprivileged user that QEMU runs as.
         qemu: path of the binary; empty: the distribution's.
         busybox: path; empty: found.
@@ -107,9 +102,10 @@ class Ready:
 
     def sentence(self) -> str:
         """What is going to happen, for check mode."""
+        devices = ", ".join(self.request.devices) or "devices that are not there yet"
         return (
-            f"boot a guest of {self.request.memory} MiB with {', '.join(self.request.devices)} on one /dev/iommu "
-            f"descriptor, with QEMU as {self.user.name} ({self.accelerator})"
+            f"boot a guest of {self.request.memory} MiB with {devices} on one /dev/iommu descriptor, with QEMU as "
+            f"{self.user.name} ({self.accelerator})"
         )
 
 
@@ -123,7 +119,7 @@ def prepare(host: Host, request: Request) -> Ready:
         OptionError: an option names what the host does not have.
         HostError: something stands in the way (all of it in one message).
     """
-    _check_options(host, request)
+    _check_options(request)
     ready = Ready(request, _launcher.find_user(request.user))
     _check_iommu(host, ready)
     _check_devices(host, ready)
@@ -142,20 +138,12 @@ def _numbered(problems: t.Sequence[str]) -> str:
     )
 
 
-def _check_options(host: Host, request: Request) -> None:
+def _check_options(request: Request) -> None:
     if platform.machine() != "x86_64":
         raise HostError(f"The verification guest is a PC so far; this host is {platform.machine()}.", step="prepare")
     most = _qemu_command.MOST_DEVICES
-    if not 1 <= len(request.devices) <= most:
+    if len(request.devices) > most or not (request.devices or request.pending):
         raise OptionError("devices", list(request.devices), f"1 to {most} devices")
-    for number, address in enumerate(request.devices):
-        if address in request.devices[:number]:
-            raise OptionError(f"devices[{number}]", address, "each device once")
-        if host.realpath(f"/sys/bus/pci/devices/{address}") is None:
-            near = ", ".join(nearest_addresses(host, address)) or "none"
-            raise OptionError(
-                f"devices[{number}]", address, ACCEPTED_ADDRESS, f"the host has no such device; nearest: {near}"
-            )
     if request.memory < LEAST_MEMORY:
         raise OptionError("memory", request.memory, f"{LEAST_MEMORY} MiB or more")
     if not 1 <= request.cpus <= 64:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing as t
 
@@ -70,11 +69,21 @@ def address_key(address: str) -> tuple[int, int, int, int]:
     return (int(domain or "0", 16), int(bus, 16), int(slot, 16), int(function, 16))
 
 
-def nearest_addresses(host: Host, address: str, count: int = 3) -> list[str]:
-    """The host's addresses that look most like one that it does not have, for an error message."""
-    known = list_addresses(host)
-    close = difflib.get_close_matches(address, known, count, 0.75)
-    return close or known[:count]
+def vf_address(physfn: str, offset: int, stride: int, index: int) -> str | None:
+    """The address that a PF's VF has, or will have; None where there is no such bus.
+
+    PCI Express, 9.2.1.2: routing IDs (bus and devfn as one number) are counted from the PF's own.
+
+    Args:
+        physfn: the PF's address.
+        offset, stride: First VF Offset and VF Stride, as sysfs has them (``sriov_offset``, ``sriov_stride``).
+        index: number of the VF, from 0.
+    """
+    domain, bus, slot, function = address_key(physfn)
+    routing = (bus << 8 | slot << 3 | function) + offset + stride * index
+    if routing > 0xFFFF:
+        return None
+    return f"{domain:04x}:{routing >> 8:02x}:{routing >> 3 & 0x1F:02x}.{routing & 7}"
 
 
 @dataclasses.dataclass
@@ -86,12 +95,15 @@ class Sriov:
         num_vfs: how many it has now; None for a VF.
         physfn: address of a VF's physical function; None for a PF.
         vfs: addresses of a PF's VFs, in their order.
+        offset, stride: where a PF's VFs are, see :func:`vf_address`; None for a VF.
     """
 
     total_vfs: int | None = None
     num_vfs: int | None = None
     physfn: str | None = None
     vfs: list[str] = dataclasses.field(default_factory=list)
+    offset: int | None = None
+    stride: int | None = None
 
     def to_dict(self) -> dict[str, t.Any]:
         return {"total_vfs": self.total_vfs, "num_vfs": self.num_vfs, "physfn": self.physfn, "vfs": self.vfs}
@@ -179,6 +191,21 @@ class Function:
             "reset_methods": self.reset_methods,
             "bars": self.bars,
         }
+
+
+def vf_addresses(function: Function, count: int | None = None) -> list[str]:
+    """Addresses that a PF's VFs have or will have, in their order; empty where it does not tell, or is no PF.
+
+    Args:
+        function: the PF.
+        count: how many VFs; None: as many as it can have.
+    """
+    sriov = function.sriov
+    if sriov is None or sriov.offset is None or sriov.stride is None or not sriov.offset:
+        return []
+    count = (sriov.total_vfs or 0) if count is None else count
+    found = [vf_address(function.address, sriov.offset, sriov.stride, index) for index in range(count)]
+    return [address for address in found if address is not None]
 
 
 def list_addresses(host: Host) -> list[str]:
@@ -288,8 +315,12 @@ def _read_sriov(host: Host, path: str, present: set[str]) -> Sriov | None:
     links = [host.link_name(f"{path}/{name}") for name in virtual]
     return Sriov(
         total_vfs=_decimal(host.read_line(f"{path}/sriov_totalvfs")),
-        num_vfs=_decimal(host.read_line(f"{path}/sriov_numvfs")) if "sriov_numvfs" in present else None,
+        # The links are there, too, while the PF's lock is held and sriov_numvfs cannot be read.
+        num_vfs=len(virtual)
+        or (_decimal(host.read_line(f"{path}/sriov_numvfs")) if "sriov_numvfs" in present else None),
         vfs=[name for name in links if name is not None and is_address(name)],
+        offset=_decimal(host.read_line(f"{path}/sriov_offset")),
+        stride=_decimal(host.read_line(f"{path}/sriov_stride")),
     )
 
 

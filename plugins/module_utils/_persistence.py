@@ -33,19 +33,28 @@ import subprocess
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._files import (
-    OWN_MARK,
     capture,
     own_header,
     temporary_path,
     write_atomic,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._pci import address_key, is_address
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Command, RemoveFile, Step, WriteFile, run
+from ansible_collections.iommufd.host.plugins.module_utils._names import Names, from_fields, to_fields
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import (
+    OWN_DIRECTORY,
+    disable_unit,
+    enable_unit,
+    forget_unit,
+    refuse_without_systemd,
+    remove_own,
+    write_own,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, address_key, is_address
+from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, Step, run
 
-DIRECTORY = "/etc/iommufd-host"
+DIRECTORY = OWN_DIRECTORY
 CONF = f"{DIRECTORY}/devices.conf"
 SCRIPT = f"{DIRECTORY}/devices.sh"
 UNIT_NAME = "iommufd-host-devices.service"
@@ -75,15 +84,18 @@ class Entry:
         driver: name of the vfio driver.
         identity: "vendor:device" in hexadecimal as lspci -n prints it. A card that is put in or taken out can move
             others to new addresses: a device of another kind at this address is left alone.
+        names: what the host called it, for people and for selectors. Nothing at boot depends on it, so an image whose
+            list differs only in this is not stale.
     """
 
     address: str
     driver: str
     identity: str
+    names: Names = dataclasses.field(default=Names(), compare=False)
 
     @property
     def line(self) -> str:
-        return f"{self.address} {self.driver} {self.identity}"
+        return " ".join([self.address, self.driver, self.identity, *to_fields(self.names)])
 
 
 # -- the files -----------------------------------------------------------------------------------------------------
@@ -91,7 +103,8 @@ class Entry:
 _CONF_HEAD = (
     own_header()
     + "# PCI functions that go to a driver for guests at boot, before a driver of the host takes them:\n"
-    + "# address, driver, vendor:device. A device of another kind at the address is left alone.\n"
+    + "# address, driver, vendor:device. A device of another kind at the address is left alone. What follows is for\n"
+    + "# people and for the collection: what the host called the device.\n"
     + "# Kernel argument iommufd_host=off: for that boot the host keeps them all.\n"
 )
 
@@ -287,8 +300,12 @@ def script_content() -> bytes:
 
 def render(entries: t.Iterable[Entry]) -> bytes:
     """The file's content, in the order of addresses."""
-    ordered = sorted(entries, key=lambda entry: address_key(entry.address))
-    return (_CONF_HEAD + "".join(entry.line + "\n" for entry in ordered)).encode()
+    return (_CONF_HEAD + render_lines(entries)).encode()
+
+
+def render_lines(entries: t.Iterable[Entry]) -> str:
+    """A line for each entry, in the order of addresses."""
+    return "".join(entry.line + "\n" for entry in sorted(entries, key=lambda entry: address_key(entry.address)))
 
 
 def parse(text: str) -> dict[str, Entry]:
@@ -302,8 +319,16 @@ def parse(text: str) -> dict[str, Entry]:
             and _DRIVER.fullmatch(fields[1])
             and _IDENTITY.fullmatch(fields[2])
         ):
-            entries[fields[0]] = Entry(*fields[:3])
+            address, driver, identity = fields[:3]
+            entries[address] = Entry(address, driver, identity, from_fields(fields[3:]))
     return entries
+
+
+def identity_of(function: Function) -> str | None:
+    """A function's vendor and device ("8086:10d3"); None where sysfs does not tell."""
+    if function.vendor_id is None or function.device_id is None:
+        return None
+    return f"{function.vendor_id[2:]}:{function.device_id[2:]}"
 
 
 def read_entries(host: Host) -> dict[str, Entry]:
@@ -702,31 +727,19 @@ def _leftovers(host: Host, images: list[Image]) -> list[Step]:
 def _plan_present(
     host: Host, wanted: t.Mapping[str, Entry], claims: Claims, generator: Generator | None, images: list[Image]
 ) -> list[Step]:
-    if not (host.is_dir("/usr/lib/systemd/system") or host.is_dir("/lib/systemd/system")):
-        raise HostError(
-            "Keeping devices across reboots needs systemd, which this host does not have (persistent=false)"
-        )
+    refuse_without_systemd(host)
     conf = render(wanted.values())
     files: list[Step] = []
     marked = generator is not None and host.exists(generator.marker)
     if generator is not None:
         for path, content, mode in reversed(generator.files):
-            files += _write(host, path, content, mode)
-    files += _write(host, SCRIPT, script_content(), 0o755)
-    files += _write(host, RULE, _RULE.encode(), 0o644)
-    files += _write(host, UNIT, _UNIT.encode(), 0o644)
+            files += write_own(host, path, content, mode)
+    files += write_own(host, SCRIPT, script_content(), 0o755)
+    files += write_own(host, RULE, _RULE.encode(), 0o644)
+    files += write_own(host, UNIT, _UNIT.encode(), 0o644)
     if host.readlink(UNIT_LINK) is None:
-        files.append(
-            Command(
-                f"enable {UNIT_NAME}",
-                UNIT_NAME,
-                "disabled",
-                "enabled",
-                argv=["systemctl", "enable", UNIT_NAME],
-                undo_argv=["systemctl", "disable", UNIT_NAME],
-            )
-        )
-    files += _write(host, CONF, conf, 0o644)
+        files.append(enable_unit(UNIT_NAME))
+    files += write_own(host, CONF, conf, 0o644)
     stale = []
     for image in images:
         needed = functools.partial(claims, image.release)
@@ -744,34 +757,25 @@ def _plan_present(
 def _plan_absent(host: Host, generator: Generator | None, images: list[Image]) -> list[Step]:
     files: list[Step] = []
     if host.readlink(UNIT_LINK) is not None:
-        files.append(
-            Command(
-                f"disable {UNIT_NAME}",
-                UNIT_NAME,
-                "enabled",
-                "disabled",
-                argv=["systemctl", "disable", UNIT_NAME],
-                undo_argv=["systemctl", "enable", UNIT_NAME],
-            )
-        )
-    files += _remove(host, CONF) + _remove(host, RULE) + _remove(host, UNIT) + _remove(host, SCRIPT)
+        files.append(disable_unit(UNIT_NAME))
+    files += remove_own(host, CONF) + remove_own(host, RULE) + remove_own(host, UNIT) + remove_own(host, SCRIPT)
     steps = files
     for candidate in (INITRAMFS_TOOLS, DRACUT_TOOL):
         if not host.exists(candidate.marker):
             continue
         for path, _content, _mode in candidate.files[:-1]:
-            files += _remove(host, path)
+            files += remove_own(host, path)
         stale = [
             image for image in images if candidate is generator and is_stale(host, image, {}, lambda address: False)
         ]
-        marker = _remove(host, candidate.marker)
+        marker = remove_own(host, candidate.marker)
         steps = [*files, *_image_steps(host, generator, stale, [*files, *marker], b""), *marker]
     if (
         files
         and host.exists("/run/systemd/system")
         and any(isinstance(s, RemoveFile) and s.path == UNIT for s in files)
     ):
-        steps = [*steps, Command("make systemd forget the removed unit", argv=["systemctl", "daemon-reload"])]
+        steps = [*steps, forget_unit()]
     return steps
 
 
@@ -796,39 +800,3 @@ def _image_steps(
                 )
             )
     return steps
-
-
-def _ours(host: Host, path: str) -> bytes | None:
-    content = host.read_bytes(path)
-    if content is None and host.stat(path, follow=False) is not None:
-        raise Refusal(f"{path} exists and is not a file that can be read; it is in the way of one of ours")
-    if content is not None and OWN_MARK.encode() not in content[:400]:
-        raise Refusal(f"{path} exists and is not ours (it lacks the line '{OWN_MARK}'). Move it away and run again")
-    return content
-
-
-def _write(host: Host, path: str, content: bytes, mode: int) -> list[Step]:
-    before = _ours(host, path)
-    status = host.stat(path)
-    if before == content and status is not None and status.st_mode & 0o7777 == mode:
-        return []
-    return [
-        WriteFile(
-            f"write {path}",
-            path,
-            (before or b"").decode("utf-8", "replace"),
-            content.decode(),
-            path=host.path(path),
-            content=content,
-            mode=mode,
-            enforce_mode=True,
-        )
-    ]
-
-
-def _remove(host: Host, path: str) -> list[Step]:
-    before = host.read_bytes(path)
-    if before is None or OWN_MARK.encode() not in before[:400]:
-        return []
-    text = before.decode("utf-8", "replace")
-    return [RemoveFile(f"remove {path}", path, text, "", path=host.path(path), prune=[host.path(DIRECTORY)])]

@@ -29,10 +29,13 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     read_config,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
+from ansible_collections.iommufd.host.plugins.module_utils._memory import remembered
+from ansible_collections.iommufd.host.plugins.module_utils._names import read_names
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import read_nodes
 from ansible_collections.iommufd.host.plugins.module_utils._pci import DEVICES, Function, read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import DIRECTORIES, read_qemus
 from ansible_collections.iommufd.host.plugins.module_utils._security import read_memlock, read_security
+from ansible_collections.iommufd.host.plugins.module_utils._selectors import view
 from ansible_collections.iommufd.host.plugins.module_utils._usage import Use, survey_uses
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported
 
@@ -95,7 +98,7 @@ def survey(host: Host) -> dict[str, t.Any]:
         "iommu": _iommu(host) if has_sys else None,
         "nodes": read_nodes(host).to_dict() if host.is_dir("/dev") else None,
         "groups": [_group(group, known) for group in groups.values()] if has_sys else None,
-        "devices": [_device(one, uses, index) for one in functions] if host.is_dir(DEVICES) else None,
+        "devices": _devices(host, functions, uses, index) if host.is_dir(DEVICES) else None,
         "guests": [guest.to_dict() for guest in guests] if host.is_dir("/proc") else None,
         "qemu": [one.to_dict() for one in read_qemus(host)] if any(map(host.is_dir, DIRECTORIES)) else None,
         "libvirt": libvirt.to_dict() if libvirt is not None else None,
@@ -183,8 +186,14 @@ def _group(group: Group, functions: t.Mapping[str, Function]) -> dict[str, t.Any
     }
 
 
-def _device(function: Function, uses: t.Mapping[str, t.Sequence[Use]], index: ModuleIndex) -> dict[str, t.Any]:
-    device = function.to_dict()
-    device["vfio_drivers"] = index.vfio_drivers_for(function.modalias) if function.modalias else []
-    device["in_use"] = [use.to_dict() for use in uses.get(function.address, ())]
-    return device
+def _devices(
+    host: Host, functions: t.Sequence[Function], uses: t.Mapping[str, t.Sequence[Use]], index: ModuleIndex
+) -> list[dict[str, t.Any]]:
+    names, memory = read_names(host, functions), remembered(host, functions)
+    devices = []
+    for function in functions:
+        device = view(function, names.get(function.address), memory.get(function.address))
+        device["vfio_drivers"] = index.vfio_drivers_for(function.modalias) if function.modalias else []
+        device["in_use"] = [use.to_dict() for use in uses.get(function.address, ())]
+        devices.append(device)
+    return devices

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -23,7 +24,8 @@ from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Re
 # udev reads all rules files of all directories in the order of their names and a later MODE, OWNER or GROUP replaces
 # an earlier one. What distributions ship for permissions ends below 90 (50-udev-default, 60- and 65-*kvm*,
 # 73-seat-late, 80-*); 99 is where administrators put what must come last, and they keep the last word.
-DEFAULT_PATH = "/etc/udev/rules.d/90-iommufd-host.rules"
+_DIRECTORY = "/etc/udev/rules.d"
+DEFAULT_PATH = f"{_DIRECTORY}/90-iommufd-host.rules"
 
 # Stable names of the cdevs. The kernel itself only makes /dev/vfio/vfio, /dev/vfio/devices/, /dev/vfio/<number> and
 # /dev/vfio/noiommu-<number>; by-path/pci-<address> is the form that /dev/disk and /dev/input have for the same purpose.
@@ -248,6 +250,60 @@ def covered_kinds(content: bytes | None) -> set[str]:
     """The kinds of nodes whose access a rules file of ours sets."""
     lines = (content or b"").decode("utf-8", "replace").splitlines()
     return {kind for kind, match in KINDS.items() if any(line.startswith(f"{match}, OWNER=") for line in lines)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """What installed rules of ours promise of each cdev.
+
+    Attributes:
+        access: its owner, group and mode; None: what the kernel gives it.
+        linked: whether it has its stable name.
+    """
+
+    access: Access | None = None
+    linked: bool = False
+
+
+def read_promise(host: Host) -> Promise:
+    """What the rules files of ours say about cdevs, wherever in udev's directory of the administrator they lie."""
+    access: Access | None = None
+    linked = False
+    for name in host.listdir(_DIRECTORY):
+        content = host.read_text(f"{_DIRECTORY}/{name}") or "" if name.endswith(".rules") else ""
+        if OWN_MARK not in content[:400]:
+            continue
+        linked = linked or f'SYMLINK+="{LINKS[len("/dev/") :]}/' in content
+        match = re.search(
+            rf'^{re.escape(KINDS["cdevs"])}, OWNER="([^"]+)", GROUP="([^"]+)", MODE="(\d+)"', content, re.M
+        )
+        if match is not None:
+            with contextlib.suppress(OptionError):  # a user or group that is gone; udev_access says that better
+                access = resolve_access(Accounts(host), "", match[1], match[2], int(match[3], 8))
+    return Promise(access, linked)
+
+
+def check_promise(host: Host, promise: Promise, address: str, node: str) -> str | None:
+    """What is wrong with the cdev of a PCI device, as a clause; None where it is as promised.
+
+    Args:
+        host: the host.
+        promise: as :func:`read_promise` returns it.
+        address: the device.
+        node: its cdev.
+    """
+    status = host.stat(node)
+    if status is None:
+        return f"its character device {node} is not there"
+    access = promise.access
+    if access is not None:
+        found = Access("", "", stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+        if (found.mode, found.uid, found.gid) != (access.mode, access.uid, access.gid):
+            text = f"uid {found.uid}, gid {found.gid}, mode {found.mode:04o}"
+            return f"its character device {node} has {text} and not {access.text}, as our rules of udev say"
+    if promise.linked and host.realpath(cdev_link(address)) != node:
+        return f"its stable name {cdev_link(address)} does not lead to {node}"
+    return None
 
 
 def check_syntax(host: Host, text: str) -> None:

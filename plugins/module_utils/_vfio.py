@@ -6,9 +6,8 @@
 
 ``new_id`` and ``ids=`` are never used: they name a model, and a second card of that model would go along.
 
-The sysfs writes run in a child process, for two reasons. A driver that does not let go blocks the writer in the kernel,
-where no signal reaches it; it must not be us who wait there. And the writes of one function belong together: a child
-finishes them even when its parent is killed in between, so that a function is never left without a driver.
+The sysfs writes run in a child process: a driver that does not let go must not block us, and a function must not be
+left without a driver because we were killed between two writes.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import select
-import signal
-import time
-import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._child import Child, Stuck
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
 from ansible_collections.iommufd.host.plugins.module_utils._pci import DEVICES
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Step, reason, run, wait_until
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Step, run, wait_until
 
 PCI_DRIVERS = "/sys/bus/pci/drivers"
 PCI_PROBE = "/sys/bus/pci/drivers_probe"
+
+# A driver can match once before the override is seen; once more than that is enough.
+_ROUNDS = 3
 
 # How long a freshly bound function may take until its character device is there. The kernel makes it before the probe
 # returns; only the node's appearance in /dev (devtmpfs) lies in between.
@@ -87,6 +86,20 @@ NO_CDEV = (
 )
 
 
+def settle(host: Host, timeout: float = 30.0) -> None:
+    """Wait until udev has worked off what the kernel reported: it loads drivers, names nodes and hands devices over.
+
+    Whoever plans before that sees a function without the driver that it is about to get.
+
+    Args:
+        host: the host.
+        timeout: seconds after which it is taken as it is.
+    """
+    # systemd-udevd keeps this file while anything is queued: the usual case costs no process.
+    if host.exists("/run/udev/queue"):
+        host.ask(["udevadm", "settle", f"--timeout={timeout:.0f}"], timeout=timeout + 5)
+
+
 @dataclasses.dataclass(frozen=True)
 class Handover:
     """The writes that move one function.
@@ -96,79 +109,46 @@ class Handover:
         override: ``driver_override`` to set; None clears it.
         release: drivers that must let go; a function bound to another one is left with it.
         probe: whether the kernel shall then look for a driver.
+        insist: whether a driver that takes the function in the meantime must let go, too. That of a new VF may have
+            matched before the override was set: the kernel holds the device's lock while it probes, our own probe
+            waits for that, and then finds the function taken.
     """
 
     address: str
     override: str | None
     release: tuple[str, ...]
     probe: bool = True
+    insist: bool = False
 
 
-class Stuck(HostError):
-    """A driver did not let go of its device in time; the request still waits in the kernel."""
-
-
-def hand_over(host: Host, move: Handover, back: Handover, timeout: float) -> None:
-    """Do the writes of a move in a child process and wait for it, but not for ever.
+class Mover:
+    """Moves functions, in one child process for all of them (see _child.py).
 
     Args:
         host: the live host (or a tree, in tests).
-        move: what is to be done.
-        back: what the child does on its own when nobody waits any more at its end (the old driver let go only after
-            the time-out, or the parent was killed), so that the function is as it was before.
-        timeout: seconds.
-
-    Raises:
-        Stuck: the old driver did not let go in time.
-        HostError: the function is gone, or the kernel refused a write.
     """
-    receiver, sender = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _child(host, move, back, sender)
-    os.close(sender)
-    answer = b""
-    deadline = time.monotonic() + timeout
-    try:
-        while True:
-            ready, _writable, _failed = select.select([receiver], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise Stuck(_stuck(host, move.address, child, timeout), stuck_process=child)
-            chunk = os.read(receiver, 4096)
-            if not chunk:
-                break
-            answer += chunk
-    finally:
-        os.close(receiver)
-    _pid, status = os.waitpid(child, 0)
-    if answer != b"ok":
-        words = answer.decode("utf-8", "replace") or f"the process that wrote to sysfs ended with status {status}"
-        raise HostError(words)
 
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._child = Child(lambda request: _move(host, Handover(**request)))
 
-def _child(host: Host, move: Handover, back: Handover, sender: int) -> t.NoReturn:
-    """The child's whole life. It holds on to nothing of its parent: a child stuck in the kernel must keep neither the
-    parent's lock nor the pipes on which Ansible waits for the module's end."""
-    try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)
-        os.setsid()
-        null = os.open("/dev/null", os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
-        os.dup2(sender, 3)
-        os.closerange(4, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 1 << 16 else 1 << 16)
-        try:
-            _move(host, move)
-            answer = b"ok"
-        except Exception as error:  # whatever it is, the parent must hear of it
-            answer = reason(error).encode()
-        try:
-            os.write(3, answer)
-        except BrokenPipeError:
-            _move(host, back)
-    finally:
-        os._exit(0)
+    def hand_over(self, move: Handover, back: Handover, timeout: float) -> None:
+        """Do the writes of a move.
+
+        Args:
+            move: what is to be done.
+            back: what puts the function back should the old driver let go only after the time-out.
+            timeout: seconds for the old driver to let go.
+
+        Raises:
+            Stuck: it did not.
+            HostError: the function is gone, or the kernel refused a write.
+        """
+
+        def words(child: int) -> str:
+            return _stuck(self._host, move.address, child, timeout)
+
+        self._child.do(dataclasses.asdict(move), dataclasses.asdict(back), timeout, words)
 
 
 def _move(host: Host, move: Handover) -> None:
@@ -177,20 +157,24 @@ def _move(host: Host, move: Handover) -> None:
         raise HostError(f"{move.address} is no longer there")
     # The kernel takes an empty line as "no override" (driver_set_override in drivers/base/driver.c).
     _write(host.path(f"{device}/driver_override"), move.override or "\n")
-    if driver_of(host, move.address) in move.release:
-        try:
-            _write(host.path(f"{device}/driver/unbind"), move.address)
-        except OSError as error:
-            # ENODEV, ENOENT: it let go of its own accord in between.
-            if error.errno not in (errno.ENODEV, errno.ENOENT):
-                raise
-    if move.probe and driver_of(host, move.address) is None:
-        try:
-            _write(host.path(PCI_PROBE), move.address)
-        except OSError as error:
-            # EINVAL: a driver was found and its probe failed; the caller sees that nothing is bound.
-            if error.errno != errno.EINVAL:
-                raise
+    for _round in range(_ROUNDS if move.insist else 1):
+        driver = driver_of(host, move.address)
+        if driver is not None and (driver in move.release or (move.insist and driver != move.override)):
+            try:
+                _write(host.path(f"{device}/driver/unbind"), move.address)
+            except OSError as error:
+                # ENODEV, ENOENT: it let go of its own accord in between.
+                if error.errno not in (errno.ENODEV, errno.ENOENT):
+                    raise
+        if move.probe and driver_of(host, move.address) is None:
+            try:
+                _write(host.path(PCI_PROBE), move.address)
+            except OSError as error:
+                # EINVAL: a driver was found and its probe failed; the caller sees that nothing is bound.
+                if error.errno != errno.EINVAL:
+                    raise
+        if driver_of(host, move.address) in (None, move.override):
+            return
 
 
 def _write(path: str, value: str) -> None:
@@ -269,6 +253,7 @@ class Bind(Step):
         from_override: its ``driver_override`` then.
         require_cdev: whether its character device must appear.
         timeout: seconds for the old driver to let go.
+        mover: what moves the functions of this call.
     """
 
     address: str = ""
@@ -278,10 +263,11 @@ class Bind(Step):
     require_cdev: bool = True
     timeout: float = 30.0
     host: Host = dataclasses.field(default_factory=Host)
+    mover: Mover | None = None
 
     def _forward(self) -> Handover:
         release = () if self.from_driver in (None, self.driver) else (self.from_driver,)
-        return Handover(self.address, self.driver, release)
+        return Handover(self.address, self.driver, release, insist=self.from_driver is None)
 
     def _back(self) -> Handover:
         release = () if self.from_driver == self.driver else (self.driver,)
@@ -289,10 +275,11 @@ class Bind(Step):
 
     def __post_init__(self) -> None:
         self._stuck: Stuck | None = None
+        self._mover = self.mover or Mover(self.host)
 
     def apply(self) -> None:
         try:
-            hand_over(self.host, self._forward(), self._back(), self.timeout)
+            self._mover.hand_over(self._forward(), self._back(), self.timeout)
         except Stuck as error:
             self._stuck = error
             raise
@@ -319,7 +306,7 @@ class Bind(Step):
             raise self._stuck  # the kernel holds the device's lock: whoever else writes to it would be stuck too
         if not self.host.exists(f"{DEVICES}/{self.address}"):
             return  # unplugged meanwhile: nothing to put back
-        hand_over(self.host, self._back(), self._back(), self.timeout)
+        self._mover.hand_over(self._back(), self._back(), self.timeout)
         _expect(self.host, self.address, self.from_driver)
 
 
@@ -334,6 +321,7 @@ class Release(Step):
         modalias: its modalias: the host driver's module may never have been loaded.
         expected: drivers of the host that claim such a device; empty: none, it stays without.
         timeout: seconds for the vfio driver to let go.
+        mover: what moves the functions of this call.
     """
 
     address: str = ""
@@ -343,9 +331,11 @@ class Release(Step):
     expected: tuple[str, ...] = ()
     timeout: float = 30.0
     host: Host = dataclasses.field(default_factory=Host)
+    mover: Mover | None = None
 
     def __post_init__(self) -> None:
         self._stuck: Stuck | None = None
+        self._mover = self.mover or Mover(self.host)
 
     def _back(self) -> Handover:
         current = driver_of(self.host, self.address)
@@ -359,7 +349,7 @@ class Release(Step):
             # As udev would have done at boot, the blacklist heeded (-b); the module may be there without any device.
             self.host.ask(["modprobe", "-q", "-b", "--", self.modalias], timeout=60.0)
         try:
-            hand_over(self.host, Handover(self.address, None, release), back, self.timeout)
+            self._mover.hand_over(Handover(self.address, None, release), back, self.timeout)
         except Stuck as error:
             self._stuck = error
             raise
@@ -377,7 +367,7 @@ class Release(Step):
         if not self.host.exists(f"{DEVICES}/{self.address}"):
             return
         back = self._back()
-        hand_over(self.host, back, back, self.timeout)
+        self._mover.hand_over(back, back, self.timeout)
         _expect(self.host, self.address, self.from_driver)
 
 

@@ -28,14 +28,19 @@ extends_documentation_fragment:
   - iommufd.host._attributes.actiongroup
   - iommufd.host._attributes.reads
 attributes:
+  action:
+    description: A part of this module runs on the controller.
+    support: full
+    details:
+      - Only for a selector with C(query), which the controller evaluates after one survey of the host.
   check_mode:
     details:
       - In check mode everything that could stand in the way is checked, and the guest is not started.
 options:
   devices:
     description:
-      - The devices to pass, in this order.
-      - Each is a PCI address such as V(0000:02:00.0), or a dictionary with the key C(address).
+      - The devices to pass, each a selector as in O(iommufd.host.vfio_bind#module:devices). They are passed in this
+        order, those of one selector in the order of their addresses.
       - At most 29.
     type: list
     elements: raw
@@ -116,7 +121,8 @@ EXAMPLES = r"""
 - name: Verify as the user that runs guests in production
   iommufd.host.guest_verify:
     devices:
-      - address: "0000:01:00.0"
+      - vfs_of: ens3f0
+        vf: "0-3"
     user: libvirt-qemu
     timeout: 120
 """
@@ -207,38 +213,18 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
-from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request, prepare, verify
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._pci import ACCEPTED_ADDRESS, parse_address
-
-
-def addresses(devices: t.Sequence[t.Any]) -> tuple[str, ...]:
-    """The option O(devices) as addresses.
-
-    Raises:
-        OptionError: an entry is neither an address nor a dictionary with one.
-    """
-    found = []
-    for number, device in enumerate(devices):
-        option = f"devices[{number}]"
-        if isinstance(device, dict):
-            unknown = sorted(set(device) - {"address"})
-            if unknown or "address" not in device:
-                raise OptionError(option, device, "a dictionary with the one key address")
-            found.append(parse_address(f"{option}.address", device["address"]))
-        elif isinstance(device, str):
-            found.append(parse_address(option, device))
-        else:
-            raise OptionError(option, device, ACCEPTED_ADDRESS)
-    return tuple(found)
+from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
 
 
 def work(module: AnsibleModule) -> Outcome:
     options = module.params
     host = Host()
+    pending = options["pending"] and module.check_mode
+    choice = find_devices(host, "devices", options["devices"], pending)
     request = Request(
-        devices=addresses(options["devices"]),
+        devices=tuple(one.address for one in choice.chosen),
         user=options["user"],
         qemu=options["qemu"] or "",
         busybox=options["busybox"] or "",
@@ -247,16 +233,16 @@ def work(module: AnsibleModule) -> Outcome:
         cpus=options["cpus"],
         timeout=options["timeout"],
         accelerator=options["accelerator"],
-        pending=options["pending"] and module.check_mode,
+        pending=pending,
     )
     ready = prepare(host, request)
     if module.check_mode:
         result: dict[str, t.Any] = {"verified": None, "would": ready.sentence()}
         if ready.passing:
             result["problems"] = ready.passing
+        problems = [*choice.missing, *ready.passing]
         return Outcome(
-            result=result,
-            warnings=[f"To be checked again when it is real: {problem}" for problem in ready.passing],
+            result=result, warnings=[f"To be checked again when it is real: {problem}" for problem in problems]
         )
 
     def after() -> dict[str, t.Any]:

@@ -41,14 +41,11 @@ EXAMPLES = r"""
 
 - name: Show what keeps it from being ready
   ansible.builtin.debug:
-    msg: "{{ item.id }}: {{ item.detail }} {{ item.remedy or '' }}"
-  loop: "{{ survey.checks | selectattr('status', 'equalto', 'fail') }}"
-  loop_control:
-    label: "{{ item.id }}"
+    msg: "{{ survey | iommufd.host.why_not }}"
 
-- name: Show the devices that the host itself does not use
+- name: Show the disks that the host itself does not use
   ansible.builtin.debug:
-    msg: "{{ survey.devices | rejectattr('in_use') | map(attribute='address') }}"
+    msg: "{{ survey.devices | iommufd.host.select_devices({'class': 'nvme'}, free=true) | map(attribute='address') }}"
 
 - name: Survey a captured tree
   iommufd.host.iommufd_info:
@@ -170,6 +167,19 @@ devices:
       description: What the host uses it for.
       type: list
       elements: dict
+    interfaces:
+      description: Its network interfaces, each with C(name) and C(mac), the address that the card came with.
+      type: list
+      elements: dict
+    disks:
+      description: Its disks, each with C(name) and C(serial). A disk on USB is not listed.
+      type: list
+      elements: dict
+    remembered:
+      description:
+        - For a device that M(iommufd.host.vfio_bind) has given to a guest's driver, the C(driver), C(interfaces) and
+          C(disks) that it had with the host; null for all others.
+      type: dict
     vfio_drivers:
       description: Names of vfio drivers.
       type: list
@@ -191,6 +201,9 @@ devices:
       boot_vga: null
       reset_methods: [pm]
       bars: [{index: 1, kind: memory, size: 4096, prefetchable: false, wide: false}]
+      interfaces: []
+      disks: [{name: vda, serial: null}]
+      remembered: null
       vfio_drivers: [vfio_pci]
       in_use:
         - kind: mount

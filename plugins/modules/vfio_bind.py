@@ -22,6 +22,12 @@ description:
     through the devices, and when a device appears later. The kernel log shows each device that it hands over. A device
     of another kind at the address is left alone, and a device that the host uses by then as well.
   - The kernel argument C(iommufd_host=off) leaves all devices with the host for one boot.
+attributes:
+  action:
+    description: A part of this module runs on the controller.
+    support: full
+    details:
+      - Only for a selector with C(query), which the controller evaluates after one survey of the host.
 extends_documentation_fragment:
   - iommufd.host._attributes
   - iommufd.host._attributes.ACTIONGROUP
@@ -29,11 +35,124 @@ extends_documentation_fragment:
 options:
   devices:
     description:
-      - The devices, each a PCI address such as V(0000:02:00.0), or a dictionary with the key C(address).
-      - Devices that are not named are left as they are.
+      - The devices, a list of selectors. Devices that none of them names are left as they are.
+      - A selector is a PCI address such as V(0000:02:00.0) or V(02:00.0), also with globs (V(0000:03:00.*)), or a
+        dictionary whose keys must all match.
+      - A device that the selectors find more than once is taken once. A selector that matches nothing is an error that
+        shows the nearest devices.
+      - Bridges stay with the host. Only an address without globs names one at all.
+      - Put addresses, numbers in hexadecimal, MACs and serial numbers in quotes. Without them YAML may read numbers.
+      - While a device is with a guest, its driver, interface and disk of the host are gone. The module remembers them
+        with the device, so that a second run finds it by the same name. Where the host has given the name to another
+        device since, as it does with C(eth0), C(sda) and C(nvme0n1), that is an error, and nothing is taken. MACs,
+        serial numbers and addresses do not have this problem.
+      - With O(state=unbound), selectors that are no address without globs concern only devices that are on a vfio
+        driver or kept by this module, and may match none.
     type: list
     elements: raw
     required: true
+    suboptions:
+      address:
+        description: PCI address, also with globs (C(*), C(?), C([0-3])). Without a domain, domain 0000 is meant.
+        type: str
+      id:
+        description: Vendor and device as C(lspci -n) prints them, such as V(10de:2236). V(10de:*) for a vendor.
+        type: str
+      vendor_id:
+        description: Vendor in hexadecimal, such as V(10de) or V(0x10de).
+        type: str
+      device_id:
+        description: Device in hexadecimal.
+        type: str
+      subsystem_id:
+        description: Vendor and device of the subsystem, like O(devices[].id).
+        type: str
+      subsystem_vendor_id:
+        description: Vendor of the subsystem in hexadecimal.
+        type: str
+      subsystem_device_id:
+        description: Device of the subsystem in hexadecimal.
+        type: str
+      class:
+        description:
+          - What kind of device it is. V(gpu) is the same as V(display).
+        type: str
+        choices:
+          - storage
+          - scsi
+          - ide
+          - raid
+          - sata
+          - sas
+          - nvme
+          - network
+          - ethernet
+          - infiniband
+          - display
+          - gpu
+          - vga
+          - "3d"
+          - multimedia
+          - audio
+          - memory
+          - cxl
+          - communication
+          - system
+          - processor
+          - serial-bus
+          - firewire
+          - usb
+          - wireless
+          - encryption
+          - signal
+          - accelerator
+      class_id:
+        description: The first 2, 4 or all 6 hexadecimal digits of the class code, such as V(0302).
+        type: str
+      driver:
+        description: The driver that it is bound to, or that it had when it was given to a guest.
+        type: str
+      numa_node:
+        description: The NUMA node that it is on.
+        type: int
+      iommu_group:
+        description: Number of its IOMMU group. It may be another one with the next kernel.
+        type: int
+      nic:
+        description: Name of its network interface, also with globs.
+        type: str
+      mac:
+        description: MAC address of its network interface, the one that the card came with.
+        type: str
+      disk:
+        description: Name of its disk, such as V(nvme0n1) or V(/dev/sda), also with globs. Disks on USB have none.
+        type: str
+      serial:
+        description: Serial number of its disk.
+        type: str
+      vfs_of:
+        description:
+          - A physical function, by address, by the name of its interface, or by a dictionary of these keys. Its virtual
+            functions are meant.
+          - In check mode with O(pending=true) they may be about to be created.
+        type: raw
+      vf:
+        description: Only the virtual functions with these numbers, such as V(3), V(0-3) or a list.
+        type: raw
+      query:
+        description:
+          - A JMESPath expression about one device as M(iommufd.host.iommufd_info) returns it, see
+            RV(iommufd.host.iommufd_info#module:devices). The device is meant where the result is true.
+          - The controller evaluates it, after one survey of the host, and needs C(jmespath).
+          - It sees the device as it is. What it asks must also hold once the device is bound, or the second run does
+            not find it. C((remembered || @).driver) is the driver that the host has or had for it.
+        type: str
+      excluded:
+        description:
+          - With V(true) the devices that this selector matches are taken out of what all others match, also as
+            companions (O(include_group)).
+        type: bool
+        default: false
   state:
     description:
       - V(bound) gives the devices to O(driver).
@@ -52,8 +171,9 @@ options:
   force:
     description:
       - Take devices although they are in use.
-      - Applies only to devices in O(devices), not to companions, and never to the disk of the root filesystem or the
-        interface that carries the connection to the host.
+      - Applies only to devices whose address is written out in O(devices), without globs, not to what other selectors
+        find and not to companions. Never applies to the disk of the root filesystem or the interface that carries the
+        connection to the host.
     type: bool
     default: false
   include_group:
@@ -97,6 +217,30 @@ EXAMPLES = r"""
       - "0000:02:00.0"
       - address: "0000:03:00.0"
 
+- name: Give away all NVMe disks near processor 1, except one
+  iommufd.host.vfio_bind:
+    devices:
+      - class: nvme
+        numa_node: 1
+      - serial: S6S2NS0TA17548X
+        excluded: true
+
+- name: Give the first four virtual functions of an interface to guests
+  iommufd.host.vfio_bind:
+    devices:
+      - vfs_of: ens3f0
+        vf: "0-3"
+
+- name: Of two identical cards, the one with this MAC
+  iommufd.host.vfio_bind:
+    devices:
+      - mac: "52:54:00:12:34:56"
+
+- name: Whatever can have at least 32 virtual functions
+  iommufd.host.vfio_bind:
+    devices:
+      - query: sriov.total_vfs >= `32`
+
 - name: Take a card with all that shares its IOMMU group, with the driver made for it
   iommufd.host.vfio_bind:
     devices: ["0000:41:00.0"]
@@ -134,7 +278,12 @@ devices:
       iommu_group: 13
       numa_node: null
       vfio_device: /dev/vfio/devices/vfio1
+      vfio_link: /dev/vfio/by-path/pci-0000:01:00.0
       in_use: []
+      remembered:
+        driver: nvme
+        interfaces: []
+        disks: [{name: nvme1n1, serial: S6S2NS0TA17548X}]
   contains:
     address:
       description: PCI address.
@@ -149,8 +298,11 @@ devices:
       description: Driver that it has now.
       type: str
     reason:
-      description: Why it is part of the call.
+      description: Why it is part of the call, with the selector that found it first.
       type: str
+    remembered:
+      description: What the host calls it, or called it before it gave it away; null with O(state=unbound).
+      type: dict
     persistent:
       description: Whether it goes to the vfio driver at every boot.
       type: bool
@@ -163,6 +315,12 @@ devices:
     vfio_device:
       description: Its character device. The number can be another one after the next boot.
       type: str
+    vfio_link:
+      description:
+        - The stable name of its character device, ready for a command line.
+        - Null where M(iommufd.host.udev_access) has not set up such names.
+      type: str
+      version_added: 0.2.0
     in_use:
       description: What uses it, each with C(kind), C(name) and C(detail).
       type: list
@@ -216,6 +374,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._binding import (
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses
+from ansible_collections.iommufd.host.plugins.module_utils._vfio import settle
 
 
 def work(module: AnsibleModule) -> Outcome:
@@ -223,6 +382,7 @@ def work(module: AnsibleModule) -> Outcome:
     if options["timeout"] < 1:
         raise OptionError("timeout", options["timeout"], "a number of seconds from 1")
     host = Host()
+    settle(host)
     request = Request(
         devices=options["devices"],
         bound=options["state"] == "bound",
@@ -240,8 +400,7 @@ def work(module: AnsibleModule) -> Outcome:
     def after() -> dict[str, t.Any]:
         uses = situation.uses
         if binding.plan.changed:
-            # Names and permissions of new nodes are udev's work; the next task may rely on them.
-            host.ask(["udevadm", "settle", "--timeout=10"], timeout=15.0)
+            settle(host)  # names and permissions of new nodes are udev's work; the next task may rely on them
             uses = all_uses(host)
         verify(host, request, binding)
         return {"devices": describe(host, binding, uses, planned=False)}

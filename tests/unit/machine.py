@@ -92,6 +92,17 @@ class Machine:
             self.file(f"/sys/kernel/iommu_groups/{group}/type", "DMA-FQ\n")
         return path
 
+    def virtual_function(self, physical: str, address: str, identity: str = "8086:10ca", group: int = 31) -> None:
+        """A PF on igb, where it is not there yet, and a VF of it on igbvf; VFs are numbered as they come."""
+        parent = self.paths.get(physical) or self.pci(
+            physical, "8086:10c9", driver="igb", group=30, sriov_totalvfs=7, sriov_numvfs=0
+        )
+        number = len(list(self.at(parent).glob("virtfn*")))
+        path = self.pci(address, identity, driver="igbvf", group=group + number)
+        self.link(f"{path}/physfn", parent)
+        self.link(f"{parent}/virtfn{number}", path)
+        self.attributes(parent, sriov_numvfs=number + 1)
+
     def cdev(self, address: str, number: int, dev: str | None = None) -> None:
         """The character device of a function on a vfio driver."""
         path = f"{self.paths[address]}/vfio-dev/vfio{number}"

@@ -5,13 +5,26 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils._binding import Binding, Request, decide, read_situation
-from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils import _binding
+from ansible_collections.iommufd.host.plugins.module_utils._binding import (
+    Binding,
+    Request,
+    decide,
+    describe,
+    read_situation,
+    verify,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._memory import MEMORY
+from ansible_collections.iommufd.host.plugins.module_utils._names import Names
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import CONF, Entry, render
+from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._udev import Access, rules_text
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import Bind, LoadDriver, Release
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
@@ -254,6 +267,139 @@ def test_what_is_kept_is_added_to(server: Machine) -> None:
     assert binding.kept == {"0000:0a:00.0": old, NVME: Entry(NVME, "vfio-pci", "1b36:0010")}
 
 
+# -- selectors -----------------------------------------------------------------------------------------------------
+
+
+def test_a_class_is_planned_from_what_each_device_has_with_the_reason(server: Machine) -> None:
+    server.pci("0000:02:00.0", "144d:a808", "010802", driver="nvme", group=14)
+    (first, second) = decided(server, {"class": "nvme"}).plan.diff()
+    assert first["before_header"] == NVME
+    assert first["before"] == "driver: nvme\ndriver_override: none\n"
+    assert first["after"] == "driver: vfio-pci\ndriver_override: vfio-pci\nreason: class nvme, devices[0]\n"
+    assert second["before_header"] == "0000:02:00.0"
+
+
+def test_a_class_never_takes_bridges(server: Machine) -> None:
+    server.pci("0000:00:1c.0", "8086:0002", "060400", driver="pcieport", group=4)
+    assert [move.address for move in decided(server, "*").moves] == [NVME, NIC]
+
+
+def test_force_needs_the_address_written_out(server: Machine) -> None:
+    in_use(server, NVME)
+    for selector in ({"class": "nvme"}, "01:00.*", {"disk": "sda"}):
+        message = refused(server, selector, force=True)
+        assert "sda is mounted on /data" in message
+        assert "force is only for a device whose address is written out" in message
+    assert decided(server, {"class": "nvme"}, NVME, force=True).plan.changed
+
+
+def test_one_refusal_of_a_wide_selector_refuses_all_with_every_reason(server: Machine) -> None:
+    in_use(server, NVME)
+    server.pci("0000:02:00.0", "144d:a808", "010802", driver="nvme", group=15)
+    message = refused(server, {"class": "nvme"})
+    assert f"{NVME} is in use" in message
+    assert f"IOMMU group 15 of 0000:02:00.0 also holds {NIC} (e1000e)" in message
+    assert [
+        move.address for move in decided(server, {"class": "nvme"}, NIC, {"disk": "sda", "excluded": True}).moves
+    ] == [
+        "0000:02:00.0",
+        NIC,
+    ]
+
+
+def test_what_is_excluded_does_not_come_along_with_its_group(server: Machine) -> None:
+    server.pci(AUDIO, "8086:0001", "040300", driver="snd_hda_intel", group=15)
+    message = refused(server, NIC, {"address": AUDIO, "excluded": True}, include_group=True)
+    assert f"also holds {AUDIO} (snd_hda_intel)" in message
+
+
+def test_virtual_functions_to_come_are_planned_as_far_as_they_are_there(server: Machine) -> None:
+    server.pci("0000:05:00.0", "8086:10c9", driver="igb", group=20, sriov_totalvfs=7, sriov_numvfs=0)
+    server.interface("ens5", "0000:05:00.0")
+    binding = decided(server, {"vfs_of": "ens5"}, pending=True)
+    assert (binding.moves, binding.warnings[0][:26]) == ([], "devices[0]: 0000:05:00.0 h")
+    with pytest.raises(OptionError, match="create them first"):
+        decided(server, {"vfs_of": "ens5"})
+
+
+def run(machine: Machine, *devices: t.Any, **options: t.Any) -> Binding:
+    """Decide, write the files that the plan writes, and make the devices look as it promises."""
+    binding = decided(machine, *devices, **options)
+    for step in binding.plan.steps:
+        if isinstance(step, (WriteFile, RemoveFile)):
+            step.apply()
+    for move in binding.moves:
+        if move.needed and move.to is not None:
+            for name in ("net", "host0"):
+                shutil.rmtree(machine.at(f"{machine.paths[move.address]}/{name}"), ignore_errors=True)
+            bind(machine, move.address)
+    return binding
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize(
+    "selector",
+    [{"nic": "ens3f0"}, {"mac": "52:54:00:00:00:09"}, {"driver": "e1000e"}, {"vfs_of": "ens5"}, {"disk": "sdb"}],
+)
+def test_a_second_run_finds_the_same_device_and_changes_nothing(
+    server: Machine, selector: t.Any, persistent: bool
+) -> None:
+    server.file(f"{server.interface('ens3f0', NIC)}/address", "52:54:00:00:00:09\n")
+    server.disk("sdb", NVME)
+    server.virtual_function("0000:05:00.0", "0000:05:10.0")
+    server.interface("ens5", "0000:05:00.0")
+    if persistent:  # what systemctl would have done
+        server.link("/etc/systemd/system/sysinit.target.wants/iommufd-host-devices.service", "/nowhere")
+    first = run(server, selector, persistent=persistent)
+    assert len(first.moves) == 1
+    for boot in range(1 + persistent):
+        if boot:
+            server.at(MEMORY).unlink(missing_ok=True)
+        second = decided(server, selector, persistent=persistent)
+        assert [move.address for move in second.moves] == [move.address for move in first.moves]
+        assert second.plan.summary() == []
+
+
+def test_what_is_kept_no_longer_is_remembered_until_the_next_boot(server: Machine) -> None:
+    server.interface("ens3f0", NIC)
+    run(server, NIC, persistent=True)
+    run(server, {"nic": "ens3f0"}, persistent=False)
+    assert CONF not in [step.subject for step in decided(server, {"nic": "ens3f0"}, persistent=False).plan.steps]
+    assert [move.address for move in decided(server, {"nic": "ens3f0"}, persistent=False).moves] == [NIC]
+
+
+def test_a_run_that_was_killed_after_the_binding_finds_its_device_again(server: Machine) -> None:
+    server.interface("ens3f0", NIC)
+    steps = decided(server, {"nic": "ens3f0"}, persistent=True).plan.steps
+    assert (steps[0].subject, type(steps[1])) == (MEMORY, Bind)
+    steps[0].apply()
+    bind(server, NIC)
+    shutil.rmtree(server.at(f"{server.paths[NIC]}/net"))
+    assert [move.address for move in decided(server, {"nic": "ens3f0"}, persistent=True).moves] == [NIC]
+
+
+def test_another_card_at_the_address_is_not_what_was_remembered(server: Machine) -> None:
+    server.interface("ens3f0", NIC)
+    run(server, {"nic": "ens3f0"}, persistent=False)
+    server.file(f"{server.paths[NIC]}/device", "0x1521\n")
+    with pytest.raises(OptionError, match="the nearest"):
+        decided(server, {"nic": "ens3f0"})
+
+
+def test_the_disk_that_has_got_the_name_since_is_not_taken(server: Machine) -> None:
+    server.disk("sda", NVME)
+    run(server, {"disk": "sda"}, persistent=False)
+    server.at("/sys/class/block/sda").unlink()
+    server.pci("0000:02:00.0", "144d:a808", "010802", driver="nvme", group=14)
+    server.disk("sda", "0000:02:00.0")
+    with pytest.raises(OptionError, match=f"disk sda was {NVME} .* and then 0000:02:00.0"):
+        decided(server, {"disk": "sda"})
+
+
+def test_what_is_selected_by_address_leaves_no_trace_in_run(server: Machine) -> None:
+    assert MEMORY not in [step.subject for step in decided(server, NVME, persistent=True).plan.steps]
+
+
 def test_not_persistent_means_not_kept(server: Machine) -> None:
     server.file(CONF, render([Entry(NVME, "vfio-pci", "1b36:0010")]))
     assert decided(server, NVME, persistent=False).kept == {}
@@ -301,6 +447,29 @@ def test_a_device_that_is_gone_can_be_forgotten(server: Machine) -> None:
     assert [step.subject for step in binding.plan.steps] == [CONF]
 
 
+def test_by_its_names_a_device_is_given_back_and_forgotten(server: Machine) -> None:
+    server.interface("ens3f0", NIC)
+    run(server, {"nic": "ens3f0"}, persistent=False)
+    binding = decided(server, {"nic": "ens3*"}, bound=False)
+    assert [type(step) for step in binding.plan.steps] == [Release, RemoveFile]
+    assert binding.plan.steps[1].subject == MEMORY
+
+
+def test_a_wide_selector_gives_back_only_what_is_with_guests(server: Machine) -> None:
+    assert decided(server, {"class": "network"}, bound=False).moves == []
+    bind(server, NIC)
+    server.pci("0000:06:00.0", driver="e1000e", group=16)
+    assert [move.address for move in decided(server, {"class": "network"}, bound=False).moves] == [NIC]
+    assert decided(server, {"class": "sata"}, bound=False).moves == []
+
+
+def test_virtual_functions_that_are_gone_are_forgotten_by_their_physical_one(server: Machine) -> None:
+    server.virtual_function("0000:05:00.0", "0000:05:10.0")
+    server.file(CONF, render([Entry("0000:05:10.2", "vfio-pci", "8086:10ca", Names(virtual=("0000:05:00.0", 1)))]))
+    assert decided(server, {"vfs_of": "05:00.0", "vf": 0}, bound=False).kept != {}
+    assert decided(server, {"vfs_of": "05:00.0"}, bound=False).kept == {}
+
+
 def test_a_builtin_driver_claims_too(server: Machine) -> None:
     server.file(
         f"/usr/lib/modules/{RELEASE}/modules.builtin.modinfo",
@@ -316,3 +485,72 @@ def test_a_request_is_not_changed_by_deciding(server: Machine) -> None:
     copy = dataclasses.replace(request)
     decide(server.host, read_situation(server.host), request)
     assert request == copy
+
+
+def test_a_vf_whose_pf_probes_nothing_stays_without_a_driver(server: Machine) -> None:
+    server.file(f"/usr/lib/modules/{RELEASE}/modules.alias", "alias pci:v00008086d000010CAsv*sd*bc*sc*i* igbvf\n")
+    path = server.pci("0000:05:00.0", "8086:10c9", driver="igb", group=20, sriov_drivers_autoprobe=0)
+    vf = server.pci("0000:05:10.0", "8086:10ca", driver="igbvf", group=21)
+    server.link(f"{vf}/physfn", path)
+    bind(server, "0000:05:10.0")
+    (move,) = decided(server, "05:10.0", bound=False).moves
+    assert move.expected == ()
+    server.attributes(path, sriov_drivers_autoprobe=1)
+    (move,) = decided(server, "05:10.0", bound=False).moves
+    assert move.expected == ("igbvf",)
+
+
+def test_a_vf_that_is_not_there_can_be_planned_and_given_back_but_not_taken(server: Machine) -> None:
+    server.pci("0000:05:00.0", "8086:10c9", driver="igb", group=20, sriov_totalvfs=7, sriov_offset=128, sriov_stride=2)
+    binding = decided(server, "05:10.0", NVME, pending=True)
+    assert [move.address for move in binding.moves] == [NVME]
+    assert "0000:05:10.0 is not there yet" in binding.warnings[0]
+    assert not decided(server, "05:10.0", bound=False).plan.changed
+    for options in ({}, {"bound": False, "pending": True}):
+        with pytest.raises(OptionError, match="no such device"):
+            decided(server, "05:10.1", **options)
+    with pytest.raises(OptionError, match="no such device"):
+        decided(server, "05:10.0")
+
+
+# -- afterwards ----------------------------------------------------------------------------------------------------
+
+NODE = "/dev/vfio/devices/vfio0"
+
+
+def promised(machine: Machine, mode: int, links: bool) -> Binding:
+    """A bound function, and rules of udev about it."""
+    bind(machine, NVME)
+    machine.file(NODE, "")
+    here = machine.at(NODE).stat()
+    access = Access(str(here.st_uid), str(here.st_gid), mode, here.st_uid, here.st_gid)
+    machine.file("/etc/udev/rules.d/90-x.rules", rules_text({"cdevs": access}, links))
+    machine.at(NODE).chmod(0o640)
+    return decided(machine, NVME)
+
+
+def verified(machine: Machine, binding: Binding, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    # A node cannot be made without being root.
+    monkeypatch.setattr(_binding, "cdev_ready", lambda host, address: True)
+    request = Request(devices=[NVME], persistent=False)
+    try:
+        verify(machine.host, request, binding)
+    except HostError as error:
+        return list(error.details["unkept"])
+    return []
+
+
+def test_a_cdev_is_as_the_rules_say_or_it_is_an_error(server: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verified(server, promised(server, 0o640, links=False), monkeypatch) == []
+    (words,) = verified(server, promised(server, 0o660, links=False), monkeypatch)
+    assert "mode 0640 and not" in words
+
+
+def test_a_stable_name_leads_to_the_cdev_or_it_is_an_error(server: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = promised(server, 0o640, links=True)
+    (words,) = verified(server, binding, monkeypatch)
+    assert f"/dev/vfio/by-path/pci-{NVME} does not lead to {NODE}" in words
+    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] is None
+    server.link(f"/dev/vfio/by-path/pci-{NVME}", NODE)
+    assert verified(server, binding, monkeypatch) == []
+    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] == f"/dev/vfio/by-path/pci-{NVME}"

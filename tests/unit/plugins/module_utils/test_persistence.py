@@ -18,6 +18,7 @@ import pytest
 from ansible_collections.iommufd.host.plugins.module_utils import _persistence as persistence
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import temporary_path
+from ansible_collections.iommufd.host.plugins.module_utils._names import Disk, Names
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     CONF,
     DRACUT,
@@ -43,7 +44,7 @@ from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 RELEASE = "6.12.0"
 IMAGE = f"/boot/initrd.img-{RELEASE}"
-ENTRY = Entry("0000:01:00.0", "vfio-pci", "1b36:0010")
+ENTRY = Entry("0000:01:00.0", "vfio-pci", "1b36:0010", Names("nvme", (), (Disk("nvme0n1", "S 1"),)))
 OTHER = Entry("0000:15:00.0", "mlx5_vfio_pci", "15b3:101e")
 
 

@@ -7,20 +7,23 @@ from __future__ import annotations
 import os
 import signal
 import time
+import typing as t
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils._child import Stuck
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, wait_until
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     Bind,
     Handover,
-    Stuck,
+    Mover,
     cdev_of,
     cdev_ready,
     cdev_supported,
-    hand_over,
     override_of,
+    settle,
 )
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
@@ -41,7 +44,7 @@ def written(machine: Machine, path: str) -> str:
 
 def test_the_writes_of_a_move(disk: Machine) -> None:
     move = Handover(ADDRESS, "vfio-pci", ("nvme",))
-    hand_over(disk.host, move, move, 10)
+    Mover(disk.host).hand_over(move, move, 10)
     assert override_of(disk.host, ADDRESS) == "vfio-pci"
     assert written(disk, "/sys/bus/pci/drivers/nvme/unbind") == ADDRESS
     assert written(disk, "/sys/bus/pci/drivers_probe") == "", "it still has a driver"
@@ -49,21 +52,21 @@ def test_the_writes_of_a_move(disk: Machine) -> None:
 
 def test_only_the_named_driver_must_let_go(disk: Machine) -> None:
     move = Handover(ADDRESS, None, ("vfio-pci",))
-    hand_over(disk.host, move, move, 10)
+    Mover(disk.host).hand_over(move, move, 10)
     assert written(disk, "/sys/bus/pci/drivers/nvme/unbind") == ""
 
 
 def test_a_function_without_driver_is_probed(disk: Machine) -> None:
     disk.at(f"{disk.paths[ADDRESS]}/driver").unlink()
     move = Handover(ADDRESS, "vfio-pci", ("nvme",))
-    hand_over(disk.host, move, move, 10)
+    Mover(disk.host).hand_over(move, move, 10)
     assert written(disk, "/sys/bus/pci/drivers_probe") == ADDRESS
 
 
 def test_a_function_that_has_gone_is_an_error(machine: Machine) -> None:
     move = Handover(ADDRESS, "vfio-pci", ())
     with pytest.raises(HostError, match="no longer there"):
-        hand_over(machine.host, move, move, 10)
+        Mover(machine.host).hand_over(move, move, 10)
 
 
 def test_a_write_that_is_refused_is_an_error(disk: Machine) -> None:
@@ -71,7 +74,31 @@ def test_a_write_that_is_refused_is_an_error(disk: Machine) -> None:
     os.mkdir(disk.at(f"{disk.paths[ADDRESS]}/driver_override"))
     move = Handover(ADDRESS, "vfio-pci", ())
     with pytest.raises(HostError, match="driver_override: Is a directory"):
-        hand_over(disk.host, move, move, 10)
+        Mover(disk.host).hand_over(move, move, 10)
+
+
+def test_a_driver_that_has_just_taken_a_new_function_must_let_go_too(disk: Machine) -> None:
+    # When the plan was made nothing had it; nvme was still probing.
+    Mover(disk.host).hand_over(Handover(ADDRESS, "vfio-pci", (), insist=True), Handover(ADDRESS, None, ()), 10)
+    assert written(disk, "/sys/bus/pci/drivers/nvme/unbind") == ADDRESS
+    step = Bind("bind it", address=ADDRESS, from_driver=None, timeout=5, host=disk.host)
+    disk.file("/sys/bus/pci/drivers/nvme/unbind", "")
+    with pytest.raises(HostError, match="is bound to nvme"):
+        step.apply()
+    assert written(disk, "/sys/bus/pci/drivers/nvme/unbind") == ADDRESS
+
+
+def test_one_process_moves_all(disk: Machine) -> None:
+    mover = Mover(disk.host)
+    other = "0000:02:00.0"
+    disk.pci(other, "1b36:0010", "010802", driver="nvme", group=14)
+    for address in (ADDRESS, other):
+        mover.hand_over(Handover(address, "vfio-pci", ("nvme",)), Handover(address, None, ()), 10)
+        assert override_of(disk.host, address) == "vfio-pci"
+    with pytest.raises(HostError, match=r"0000:03:00\.0 is no longer there"):
+        mover.hand_over(Handover("0000:03:00.0", "vfio-pci", ()), Handover("0000:03:00.0", None, ()), 10)
+    mover.hand_over(Handover(ADDRESS, None, ()), Handover(ADDRESS, None, ()), 10)
+    assert override_of(disk.host, ADDRESS) is None, "a failure is not the end of it"
 
 
 def stuck_driver(machine: Machine) -> str:
@@ -124,7 +151,7 @@ def test_stuck_names_the_process(disk: Machine) -> None:
     path = stuck_driver(disk)
     move = Handover(ADDRESS, "vfio-pci", ("nvme",))
     with pytest.raises(Stuck) as caught:
-        hand_over(disk.host, move, Handover(ADDRESS, None, ()), 0.2)
+        Mover(disk.host).hand_over(move, Handover(ADDRESS, None, ()), 0.2)
     child = caught.value.details["stuck_process"]
     assert os.path.exists(f"/proc/{child}")
     with open(path, "rb") as reader:
@@ -158,3 +185,24 @@ def test_whether_vfio_makes_character_devices(machine: Machine) -> None:
     assert cdev_supported(machine.host) is False
     machine.file("/proc/devices", "Character devices:\n 10 misc\n241 vfio-dev\n")
     assert cdev_supported(machine.host) is True
+
+
+class Asked(Host):
+    """A host that notes what it is asked."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.asked: list[list[str]] = []
+
+    def ask(self, argv: t.Sequence[str], timeout: float = 30.0, stdin: str = "") -> Output | None:
+        self.asked.append(list(argv))
+        return Output(0, "", "")
+
+
+def test_udev_is_waited_for_only_when_it_is_busy(machine: Machine) -> None:
+    host = Asked(str(machine.root))
+    settle(host)
+    assert host.asked == []
+    machine.file("/run/udev/queue", "")
+    settle(host, 5)
+    assert host.asked == [["udevadm", "settle", "--timeout=5"]]

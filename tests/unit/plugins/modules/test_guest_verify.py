@@ -4,29 +4,34 @@
 
 from __future__ import annotations
 
+import json
 import typing as t
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 
-from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.modules import guest_verify
-
-
-def test_addresses() -> None:
-    assert guest_verify.addresses(["02:00.0", {"address": "0000:0A:00.1"}]) == ("0000:02:00.0", "0000:0a:00.1")
+from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 
 @pytest.mark.parametrize(
     ("devices", "words"),
     [
-        (["nvme0"], r"^devices\[0\]: 'nvme0'"),
-        (["02:00.0", {"vendor": "8086"}], r"^devices\[1\]: .*the one key address"),
-        ([{"address": "02:00.0", "vendor": "8086"}], r"^devices\[0\]: .*the one key address"),
-        ([{"address": "x"}], r"^devices\[0\].address: 'x'"),
-        ([5], r"^devices\[0\]: 5 "),
-        ([None], r"^devices\[0\]: None "),
+        (["nvme0"], "devices[0]: 'nvme0' is not accepted"),
+        (["02:00.0", {"vendor": "8086"}], "devices[1]: "),
+        ([{"class": "sata"}], "the nearest: "),
+        (["03:00.0"], "devices[0]: '03:00.0' is not accepted: there is no such device"),
     ],
 )
-def test_what_is_no_address(devices: list[t.Any], words: str) -> None:
-    with pytest.raises(OptionError, match=words):
-        guest_verify.addresses(devices)
+def test_devices_are_selectors(
+    machine: Machine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    devices: list[t.Any],
+    words: str,
+) -> None:
+    machine.pci("0000:02:00.0")
+    monkeypatch.setattr(guest_verify, "Host", lambda: machine.host)
+    with patch_module_args({"devices": devices}), pytest.raises(SystemExit):
+        guest_verify.main()
+    assert words in json.loads(capsys.readouterr().out)["msg"]

@@ -1,0 +1,93 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Runs on the lab host: binds all VFs to vfio-pci in three ways, in turn, from the same start, and prints the seconds.
+
+usage: measure.py MODULE ROUNDS     MODULE is vfio_bind as Ansible sends it (AnsiballZ)
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import subprocess
+import sys
+import time
+
+PCI = "/sys/bus/pci"
+
+# The least that does it: no look at uses, groups or character devices, no way back.
+LOOP = """
+for vf in "$@"; do
+    echo vfio-pci >/sys/bus/pci/devices/$vf/driver_override
+    echo $vf >/sys/bus/pci/devices/$vf/driver/unbind
+    echo $vf >/sys/bus/pci/drivers_probe
+done
+"""
+
+
+def addresses() -> list[str]:
+    return sorted(os.path.basename(os.path.realpath(link)) for link in glob.glob(f"{PCI}/devices/*/virtfn*"))
+
+
+def driver(address: str) -> str:
+    path = f"{PCI}/devices/{address}/driver"
+    return os.path.basename(os.readlink(path)) if os.path.islink(path) else ""
+
+
+def write(path: str, value: str) -> None:
+    with open(path, "w") as file:
+        file.write(value)
+
+
+def back(vfs: list[str]) -> None:
+    """All VFs with igbvf again, and nothing left to do for udev."""
+    for vf in vfs:
+        write(f"{PCI}/devices/{vf}/driver_override", "\n")
+        if driver(vf) == "vfio-pci":
+            write(f"{PCI}/drivers/vfio-pci/unbind", vf)
+        if not driver(vf):
+            write(f"{PCI}/drivers_probe", vf)
+    subprocess.run(["udevadm", "settle"], check=True)
+    assert {driver(vf) for vf in vfs} == {"igbvf"}, {vf: driver(vf) for vf in vfs}
+
+
+def ours(module: str, vfs: list[str]) -> None:
+    done = subprocess.run([sys.executable, module], capture_output=True, text=True, check=False)
+    result = json.loads(done.stdout)
+    assert result["changed"] and len(result["devices"]) == len(vfs), done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def loop(vfs: list[str]) -> None:
+    subprocess.run(["sh", "-c", LOOP, "sh", *vfs], check=True)
+
+
+def driverctl(vfs: list[str]) -> None:
+    for vf in vfs:
+        subprocess.run(["driverctl", "--nosave", "set-override", vf, "vfio-pci"], check=True)
+
+
+def main() -> None:
+    module, rounds = sys.argv[1], int(sys.argv[2])
+    vfs = addresses()
+    times: dict[str, list[float]] = {"ours": [], "loop": [], "driverctl": []}
+    ways = {"ours": lambda: ours(module, vfs), "loop": lambda: loop(vfs), "driverctl": lambda: driverctl(vfs)}
+    subprocess.run(["modprobe", "vfio-pci"], check=True)
+    for number in range(rounds):
+        for name, way in ways.items():
+            if name == "driverctl" and number:
+                continue  # it takes long, and one round tells
+            back(vfs)
+            start = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - start)
+            left = [vf for vf in vfs if driver(vf) != "vfio-pci"]
+            assert not left, f"{name} left {left}"
+    back(vfs)
+    print(json.dumps({"vfs": len(vfs), "seconds": times}))
+
+
+if __name__ == "__main__":
+    main()

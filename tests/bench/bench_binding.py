@@ -1,0 +1,69 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Binding 56 VFs on a lab host: one call of vfio_bind, driverctl for each VF, and a bare shell loop of sysfs writes.
+
+The module is timed as Ansible runs it on the host, from the start of Python to its result; how it gets there is not
+part of it, for any of the three.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import typing as t
+
+from bench import CHECKOUT, HERE, Row
+
+LAB = CHECKOUT / "build" / "bench" / "lab"
+DECLARED = HERE / "_binding" / "hosts.yml"
+ROUNDS = 3
+
+PFS = [{"address": f"0000:{bus:02x}:00.0", "vfs": 7, "autoprobe": True} for bus in range(1, 9)]
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=False, timeout=1800
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def lab(state: str) -> None:
+    run("ansible-playbook", "-i", str(DECLARED), "iommufd.host.lab", "-e", f"lab_state={state}")
+
+
+def module(name: str, arguments: t.Mapping[str, t.Any], **environment: str) -> None:
+    inventory = str(LAB / "inventory.yml")
+    run("ansible", "-i", inventory, "all", "-m", f"iommufd.host.{name}", "-a", json.dumps(arguments), **environment)
+
+
+def shell(script: str) -> str:
+    return run(str(LAB / "binding" / "ssh"), script)
+
+
+def rows() -> t.Iterator[Row]:
+    lab("started")
+    try:
+        shell("modprobe igbvf")
+        module("sriov_vfs", {"pfs": PFS, "persistent": False})
+        # Ansible leaves behind what it sent and ran.
+        shell("rm -rf ~/.ansible/tmp")
+        bind = {"devices": [{"vfs_of": one["address"]} for one in PFS], "persistent": False, "require_cdev": False}
+        module("vfio_bind", bind, ANSIBLE_KEEP_REMOTE_FILES="1", ANSIBLE_PIPELINING="0")
+        sent = shell("ls ~/.ansible/tmp/*/AnsiballZ_vfio_bind.py").split()
+        script = pathlib.Path(HERE / "_binding" / "measure.py").read_text()
+        shell(f"cat >/root/measure.py <<'END'\n{script}\nEND")
+        measured = json.loads(shell(f"python3 /root/measure.py {sent[-1]} {ROUNDS}").splitlines()[-1])
+    finally:
+        lab("absent")
+    ours, loop, driverctl = (statistics.median(measured["seconds"][name]) for name in ("ours", "loop", "driverctl"))
+    what = f"binding {measured['vfs']} VFs in one call"
+    yield Row(f"{what}, to driverctl", ours, driverctl, "driverctl called for each", 0.1)
+    yield Row(f"{what}, to a shell loop", ours, loop, "bare shell loop of sysfs writes", 1.5)
