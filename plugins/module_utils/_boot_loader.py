@@ -211,8 +211,8 @@ class _WriteEntries(Step):
         if "### BEGIN" not in text:
             raise HostError(f"{self.command}-mkconfig wrote no boot entries")
         run([f"{self.command}-script-check"], 60, stdin=text)
-        self._previous = previous
         write_atomic(self.path, dataclasses.replace(previous, content=text.encode("utf-8", "surrogateescape")))
+        self._previous = previous  # only now is there something to take back
 
     def undo(self) -> None:
         if self._previous is not None:

@@ -70,6 +70,7 @@ class WriteFile(Step):
     def __post_init__(self) -> None:
         self._previous: FileState | None = None
         self._made: list[str] = []
+        self._written = False
 
     def apply(self) -> None:
         self._previous = capture(self.path)
@@ -80,11 +81,13 @@ class WriteFile(Step):
             mode = self.mode if self.enforce_mode else self._previous.mode
             state = dataclasses.replace(self._previous, content=self.content, mode=mode)
         write_atomic(self.path, state)
+        self._written = True
 
     def undo(self) -> None:
-        if self._previous is None:
+        # Where the disk was full nothing was replaced, and there is no room for putting it back either.
+        if self._written and self._previous is None:
             remove(self.path)
-        else:
+        elif self._written and self._previous is not None:
             write_atomic(self.path, self._previous)
         for directory in reversed(self._made):
             with contextlib.suppress(OSError):

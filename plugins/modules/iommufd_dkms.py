@@ -19,12 +19,16 @@ description:
     distribution's tarball when that has changed, which the same upgrade usually brings. Where the tarball is of
     another point release of the same series, it is used all the same. Within a stable series these directories
     change by fixes only, and a difference that matters does not compile. A kernel of a series without sources is
-    skipped with a message, so that it can be installed; run this module again then.
+    skipped, so that it can be installed. DKMS says so then, and its log names the package; run this module again.
+  - Tried with Linux 6.12 (trixie), 7.2 and 7.3 (trixie-backports).
+  - Where the kernel follows the distribution's own series (package C(linux-image-FLAVOUR), not from backports), the
+    package C(linux-source) is installed too, so that a kernel of the next series comes with its sources.
+  - An initramfs that is configured to hold C(vfio) is made anew, for the C(vfio) in there is the one that stays loaded.
   - What is missing for the build is installed, without recommended packages, and remembered in
     C(/etc/iommufd-host/packages). With O(state=absent) exactly that is purged.
   - A build that fails leaves nothing behind. An interrupted run is completed, or taken back, by the next one.
   - With Secure Boot, DKMS signs the modules with the machine's own key. That key must be enrolled once by a person at
-    the console; RV(secure_boot) says whether it is.
+    the console; RV(secure_boot) says whether it is, and a warning says what to do where it is not.
   - The rebuilt vfio does not fit stock modules that embed its structures, C(kvmgt) (virtual Intel GPUs) on Debian. The
     kernel refuses to load that one, by its symbol versions.
 options:

@@ -157,6 +157,7 @@ def failures() -> list[dict[str, str]]:
                     message = error.message
                     break
             check(message, f"{name}: the run did not fail")
+            check("Everything was put back" in message, f"{name}: {message}")
             if "modprobe" not in name and "modules-load" not in name:
                 check(files() == inside, f"{name}: left behind: {set(files().items()) ^ set(inside.items())}")
         check(not sound(), f"{name}: {sound()}")

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import typing as t
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils import _plan
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._plan import (
     Action,
@@ -165,3 +167,18 @@ def test_wait_until_gives_up() -> None:
 
     assert wait_until(third_time, timeout=5, interval=0.001)
     assert not wait_until(lambda: False, timeout=0.01, interval=0.001)
+
+
+def test_a_file_that_could_not_be_written_is_not_put_back(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full(target: str, state: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    monkeypatch.setattr(_plan, "write_atomic", full)
+    with pytest.raises(HostError, match=r"No space left on device\. Everything was put back as it was"):
+        _plan.Plan([_plan.WriteFile("write", path=str(path), content=b"new")]).apply()
+    assert path.read_text() == "old"
