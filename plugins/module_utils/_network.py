@@ -262,7 +262,7 @@ def _addresses(name: str, row: t.Mapping[str, t.Any]) -> t.Iterator[tuple[str, _
             continue
 
 
-def other_namespaces(host: Host, most: int = 256) -> dict[str, str]:
+def other_namespaces(host: Host, most: int = 64) -> dict[str, str]:
     """The other network namespaces of the live host: a path to each, and whose it is in words.
 
     Args:

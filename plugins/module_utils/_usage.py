@@ -26,6 +26,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._pci import Function,
 from ansible_collections.iommufd.host.plugins.module_utils._processes import Guest, read_guest, read_processes
 from ansible_collections.iommufd.host.plugins.module_utils._storage import Storage
 
+# Drivers for user space, which make no interface of a network card; vfio's are known by their name.
+_WITHOUT_INTERFACE = ("uio_pci_generic", "igb_uio", "pci-stub")
+
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -176,8 +179,8 @@ class _Search:
             function.address
             for function in self.functions.values()
             if (function.class_id or "").startswith("0x02")
-            and function.driver is not None
-            and not is_vfio_driver(function.driver)
+            and function.driver not in (None, *_WITHOUT_INTERFACE)
+            and not is_vfio_driver(function.driver or "")
             and function.address not in seen
         }
         for path, whose in other_namespaces(self.host).items() if hidden else ():

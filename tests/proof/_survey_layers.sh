@@ -30,11 +30,9 @@ echo secret | cryptsetup open "$(disk 0000:03:00.0)" secret -
 mkfs.ext4 -q /dev/mapper/secret
 mount /dev/mapper/secret /srv/secret
 
-# A swap partition.
-echo ',,S' | sfdisk -q "$(disk 0000:04:00.0)"
-udevadm settle --timeout=60
-mkswap "$(disk 0000:04:00.0)p1"
-swapon "$(disk 0000:04:00.0)p1"
+# Swap.
+mkswap "$(disk 0000:04:00.0)"
+swapon "$(disk 0000:04:00.0)"
 
 # A filesystem with a swap file, and with an image that is mounted.
 mkfs.ext4 -q "$(disk 0000:05:00.0)"

@@ -5,10 +5,15 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import time
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._network import ask_interfaces, other_namespaces
 from ansible_collections.iommufd.host.plugins.module_utils._openvswitch import parse_database
 from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses, survey_uses, uses
 from ansible_collections.iommufd.host.plugins.module_utils._zfs import parse_cache, parse_list
@@ -313,3 +318,24 @@ def test_a_guest_that_has_nothing_open(machine: Machine) -> None:
     machine.process(9, "bash", ["bash"], [])
     guests = survey_uses(machine.host, [])[1]
     assert [(guest.name, guest.nodes, guest.devices) for guest in guests] == [("plain", [], [])]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to enter another network namespace")
+def test_the_interfaces_of_another_namespace() -> None:
+    """On this very host: a process in a namespace of its own, which has nothing but a loopback interface."""
+    host = Host()
+    if any(host.which(program) is None for program in ("unshare", "nsenter", "ip")):
+        pytest.skip("unshare, nsenter or ip is not installed")
+    with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as process:
+        try:
+            path = f"/proc/{process.pid}/ns/net"
+            deadline = time.monotonic() + 30
+            while os.stat(path).st_ino == os.stat("/proc/self/ns/net").st_ino and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            if process.poll() is not None:
+                pytest.skip("a namespace cannot be made here")
+            assert other_namespaces(host)[path] == f"the network namespace of process {process.pid}"
+            assert list(ask_interfaces(host, path)) == ["lo"]
+        finally:
+            process.kill()
