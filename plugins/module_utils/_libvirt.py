@@ -7,15 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_conf
-from ansible_collections.iommufd.host.plugins.module_utils._access import DEFAULT_PATH, installed_version
+from ansible_collections.iommufd.host.plugins.module_utils._access import DEFAULT_PATH, can_pass, installed_version
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-
-# <driver iommufd='yes'/>: libvirt opens /dev/iommu and the character devices and passes the descriptors.
-PASSES_SINCE = (12, 1)
 
 _UNITS = ("virtqemud.service", "virtqemud.socket", "libvirtd.service", "libvirtd.socket")
 _UNIT_DIRECTORIES = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
@@ -55,12 +51,6 @@ def read_libvirt_facts(host: Host) -> LibvirtFacts | None:
         return None
     acl, source = _device_acl(host, version)
     return LibvirtFacts(version, can_pass(version), units, config, acl, source)
-
-
-def can_pass(version: str | None) -> bool | None:
-    """Whether a version passes iommufd descriptors itself; None where it is not known."""
-    match = re.match(r"(?:\d+:)?(\d+)\.(\d+)", version or "")
-    return None if match is None else (int(match[1]), int(match[2])) >= PASSES_SINCE
 
 
 def _rpm_version(host: Host) -> str | None:

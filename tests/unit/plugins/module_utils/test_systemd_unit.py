@@ -149,11 +149,11 @@ def test_what_is_read_back() -> None:
 
 def test_units_with_a_drop_in_of_ours_are_found(tmp_path: pathlib.Path) -> None:
     for name, text in (("a.service", own_header()), ("b.service", "[Service]\n")):
-        path = tmp_path / unit.drop_in_path(name)[1:]
+        path = tmp_path / f"etc/systemd/system/{name}.d/{unit.DROP_IN}"
         path.parent.mkdir(parents=True)
         path.write_text(text)
     (tmp_path / "etc/systemd/system/c.service.d").mkdir()
-    assert unit.own_drop_ins(Host(str(tmp_path))) == ["a.service"]
+    assert unit.marked_drop_ins(Host(str(tmp_path))) == ["a.service"]
 
 
 def test_a_template_is_asked_about_through_an_instance() -> None:
