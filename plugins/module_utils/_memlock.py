@@ -68,9 +68,9 @@ def show_size(size: int | None) -> str:
     if size is None:
         return "unlimited"
     for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit and size % unit == 0:
-            return f"{size // unit} {name}"
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size} bytes"
+        if size >= unit:
+            return f"{size / unit:.2f}".rstrip("0").rstrip(".") + f" {name}"
+    return f"{size} bytes"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,13 +104,18 @@ def test_the_ids_are_stable() -> None:
         "libvirt.iommufd",
         "libvirt.acl",
         "security.apparmor",
+        "security.selinux",
         "memlock",
     ]
 
 
 def test_a_host_that_is_ready() -> None:
     assert {check.id: check.status for check in run_checks(READY) if check.status not in ("ok", "skip")} == {}
-    assert [check.id for check in run_checks(READY) if check.status == "skip"] == ["libvirt.acl", "security.apparmor"]
+    assert [check.id for check in run_checks(READY) if check.status == "skip"] == [
+        "libvirt.acl",
+        "security.apparmor",
+        "security.selinux",
+    ]
 
 
 def test_nothing_known_is_nothing_claimed() -> None:
@@ -287,6 +292,19 @@ def test_an_older_libvirt_needs_the_acl_and_apparmor() -> None:
     assert status("security.apparmor", libvirt=older)[0] == "warn"
     allowed = {"apparmor": {"enabled": True, "libvirt_allows_iommu": True}}
     assert status("security.apparmor", libvirt=older, security=allowed)[0] == "ok"
+
+
+def test_selinux_is_reported_by_the_policy_s_own_file_contexts() -> None:
+    older = {**READY["libvirt"], "can_pass_iommufd": False}
+
+    def found(mode: str, contexts: dict[str, str]) -> str:
+        selinux = {"mode": mode, "booleans": {}, "contexts": contexts}
+        return status("security.selinux", libvirt=older, security={"apparmor": None, "selinux": selinux})[0]
+
+    assert found("disabled", {}) == "skip"
+    assert found("permissive", {}) == "ok"
+    assert found("enforcing", {}) == "warn"
+    assert found("enforcing", {"/dev/iommu": "iommu_device_t"}) == "ok"
 
 
 def test_memlock_matters_where_a_group_may_open_the_node() -> None:
