@@ -17,8 +17,8 @@ def read_security(host: Host) -> dict[str, t.Any]:
     """AppArmor and SELinux, each None where not known.
 
     Returns:
-        ``apparmor``: ``enabled`` and ``libvirt_allows_iommu``; ``selinux``: ``mode``, ``booleans`` (those about guests, on
-        or off) and ``contexts`` (type that the policy gives /dev/iommu and the vfio nodes, by path pattern).
+        ``apparmor``: ``enabled`` and ``libvirt_allows_iommu``; ``selinux``: ``mode``, ``booleans`` (those about guests,
+        on or off) and ``contexts`` (type that the policy gives /dev/iommu and the vfio nodes, by path pattern).
     """
     return {"apparmor": _read_apparmor(host), "selinux": _read_selinux(host)}
 

@@ -123,6 +123,16 @@ def test_plan_absent(tmp_path: pathlib.Path) -> None:
     assert unit.plan_absent([state(None)], host).summary() == ["have systemd read its units again"], "a killed run"
 
 
+def test_a_unit_that_is_no_longer_named_loses_its_drop_in_in_the_same_call(tmp_path: pathlib.Path) -> None:
+    host = Host(str(tmp_path))
+    old = state(unit.drop_in_text(state(), WANTED), name="old.service")
+    now = state(unit.drop_in_text(state(), WANTED), DevicePolicy="closed")
+    assert unit.plan_present([now], WANTED, host, [old]).summary() == [
+        "remove /etc/systemd/system/old.service.d/50-iommufd-host.conf",
+        "have systemd read its units again and check the device policy of guest@.service",
+    ]
+
+
 def test_a_file_of_somebody_else_is_refused(tmp_path: pathlib.Path) -> None:
     for plan in (
         lambda s: unit.plan_present(s, WANTED, Host(str(tmp_path))),
