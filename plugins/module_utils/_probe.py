@@ -81,7 +81,7 @@ class Place:
         name: for people ("guests of libvirt 11.3.0", "guest@.service").
         opener: who has to be able to open the nodes.
         process: who must not be (the QEMU that gets descriptors); None where QEMU opens them itself.
-        kvm: who opens /dev/kvm.
+        kvm: who opens /dev/kvm; None where that is not wanted (a unit that does not list it).
         policy: DevicePolicy of the cgroup; None: no policy.
         allow: what DeviceAllow= has, each path or class.
         slice: the slice that it belongs to, where that runs; its policy counts, too.
@@ -95,7 +95,7 @@ class Place:
     name: str
     opener: Actor
     process: Actor | None
-    kvm: Actor
+    kvm: Actor | None
     policy: str | None = None
     allow: tuple[str, ...] = ()
     slice: str | None = None
@@ -267,7 +267,7 @@ def unit_place(host: Host, unit: str, launcher: bool, user: str | None, profile:
         name=unit,
         opener=ROOT if launcher else qemu,
         process=qemu if launcher and qemu.uid != 0 else None,
-        kvm=qemu,
+        kvm=None if lines and KVM not in allow else qemu,
         policy=None if policy == "auto" and not lines else policy,
         allow=allow,
         slice=shown.get("Slice"),
@@ -487,9 +487,9 @@ def try_place(
     Raises:
         HostError: a trial could not be made at all.
     """
-    actors = list(dict.fromkeys(actor for group in paths.values() for actor in group))
-    own = {actor: [path for path, group in paths.items() if actor in group] for actor in actors}
     pinning = place.process or place.opener
+    actors = list(dict.fromkeys([pinning, *(actor for group in paths.values() for actor in group)]))
+    own = {actor: [path for path, group in paths.items() if actor in group] for actor in actors}
 
     def trials(profile: str | None, pinned: int | None) -> list[dict[str, t.Any]]:
         return [
@@ -764,16 +764,16 @@ def probe(host: Host, place: Place, targets: t.Sequence[Target], pin: int | None
     kvm_node = read_node(host, KVM, accounts, kvm.sysfs)
     openers = (place.opener,) if place.process is None else (place.opener, place.process)
     paths = {node.path: openers for node in nodes.values() if node is not None and stat_is_device(host, node.path)}
-    if kvm_node is not None:
+    if kvm_node is not None and place.kvm is not None:
         paths[KVM] = (place.kvm,)
     pinning = place.process or place.opener
-    trials = try_place(host, place, paths, pin, timeout) if paths else {}
+    trials = try_place(host, place, paths, pin, timeout)
     empty = Trial({}, {}, {}, None)
     found: list[tuple[str, str, str, list[Link]]] = []
     for target in targets:
         links = opening_links(host, place, target, nodes.get(target), place.opener, trials.get(place.opener, empty))
         found.append((target.name, place.opener.name, "open", links))
-    if kvm_node is not None:
+    if kvm_node is not None and place.kvm is not None:
         links = opening_links(host, place, kvm, kvm_node, place.kvm, trials.get(place.kvm, empty))
         found.append((KVM, place.kvm.name, "open", links))
     if place.process is not None:

@@ -17,10 +17,12 @@ import typing as t
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils import _access, _probe, _probe_child
 from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl as acl
-from ansible_collections.iommufd.host.plugins.module_utils import _probe, _probe_child
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import Node
 from ansible_collections.iommufd.host.plugins.module_utils._probe import Actor, Place, Target, Trial
+from ansible_collections.iommufd.host.plugins.modules import access_probe
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 QEMU = Actor("libvirt-qemu", 64055, 993, (993, 64055))
@@ -228,3 +230,80 @@ def test_a_profile_that_cannot_be_taken_on_is_said() -> None:
     job = {**trial([], uid=os.getuid()), "gid": os.getgid(), "groups": os.getgroups(), "profile": "no-such-profile"}
     (found,) = _probe_child.run_trials([job])
     assert found["error"]
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def libvirt_host(machine: Machine) -> Machine:
+    machine.file("/etc/passwd", "root:x:0:0:::\nlibvirt-qemu:x:64055:993:::\nqemu:x:107:107:::\n")
+    machine.file("/etc/group", "root:x:0:\nkvm:x:993:\nlibvirt-qemu:x:64055:libvirt-qemu\nqemu:x:107:\n")
+    machine.file("/etc/libvirt/qemu.conf", '#user = "root"\n')
+    machine.file("/sys/module/apparmor/parameters/enabled", "Y\n")
+    machine.file("/etc/apparmor.d/abstractions/libvirt-qemu", "/dev/kvm rw,\n")
+    return machine
+
+
+def libvirt_place(machine: Machine, conf: str = "", launcher: bool = False, **options: t.Any) -> Place:
+    if conf:
+        machine.file("/etc/libvirt/qemu.conf", conf)
+    libvirt = _access.read_libvirt(machine.host, _access.DEFAULT_PATH)
+    return _probe.libvirt_place(machine.host, libvirt, launcher, options.get("user"), options.get("profile"))
+
+
+def test_guests_of_libvirt_run_as_debian_says(libvirt_host: Machine) -> None:
+    place = libvirt_place(libvirt_host)
+    assert (place.opener.name, place.opener.uid, place.opener.gid) == ("libvirt-qemu", 64055, 64055)
+    assert 993 in place.opener.all_groups
+    assert (place.policy, place.profile, place.process) == ("strict", "libvirt", None)
+    assert "/dev/kvm" in place.allow
+    assert "/dev/iommu" not in place.allow
+
+
+def test_qemu_conf_decides_about_user_policy_and_profile(libvirt_host: Machine) -> None:
+    conf = 'user = "+107"\ngroup = "qemu"\ncgroup_controllers = [ "cpu" ]\nsecurity_driver = "none"\n'
+    place = libvirt_place(libvirt_host, conf)
+    assert (place.opener.name, place.opener.gid, place.policy, place.profile) == ("qemu", 107, None, None)
+    assert "security_driver" in place.profile_reason
+    listed = libvirt_place(libvirt_host, 'cgroup_device_acl = [ "/dev/null", "/dev/iommu" ]\n')
+    assert listed.allow == ("/dev/null", "/dev/iommu")
+
+
+def test_a_launcher_opens_as_root_and_qemu_must_not(libvirt_host: Machine) -> None:
+    place = libvirt_place(libvirt_host, launcher=True)
+    assert place.opener == _probe.ROOT
+    assert place.process is not None
+    assert (place.process.name, place.memlock) == ("libvirt-qemu", -1)
+
+
+def test_a_user_or_profile_given_counts_more(libvirt_host: Machine) -> None:
+    place = libvirt_place(libvirt_host, user="qemu", profile="unconfined")
+    assert (place.opener.name, place.profile) == ("qemu", None)
+    with pytest.raises(OptionError, match=r"^user: 'nosuch'"):
+        libvirt_place(libvirt_host, user="nosuch")
+
+
+def test_a_session_has_the_limit_of_its_user_before_that_of_its_groups(libvirt_host: Machine) -> None:
+    limits = "* - memlock 64\n@kvm - memlock 1024\nlibvirt-qemu hard memlock unlimited\n"
+    libvirt_host.file("/etc/security/limits.conf", limits)
+    assert _probe.user_place(libvirt_host.host, "libvirt-qemu", False, None).memlock is None
+    libvirt_host.file("/etc/security/limits.conf", limits.rpartition("libvirt")[0])
+    assert _probe.user_place(libvirt_host.host, "libvirt-qemu", False, None).memlock == 1 << 20
+    assert _probe.user_place(libvirt_host.host, "qemu", False, None).memlock == 64 << 10
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"manager": "systemd", "units": []}, "^units: "),
+        ({"manager": "systemd", "units": ["guest"]}, r"^units\[0\]: "),
+        ({"manager": "systemd", "units": ["no-such-unit-here.service"]}, "systemd has no unit"),
+        ({"manager": "none", "user": None}, "^user: "),
+        ({"manager": "libvirt"}, "qemu.conf does not exist"),
+    ],
+)
+def test_places_that_cannot_be_tried(machine: Machine, params: dict[str, t.Any], message: str) -> None:
+    defaults = {"mode": "group", "user": None, "units": [], "apparmor_profile": None}
+    with pytest.raises(HostError, match=message):
+        access_probe.find_places(machine.host, {**defaults, **params})
