@@ -26,7 +26,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._access import DAEMON
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, WriteFile, run
 from ansible_collections.iommufd.host.plugins.module_utils._systemd_unit import (
     RemoveDropIn,
     UnitState,
@@ -272,14 +272,16 @@ def plan(
     restarts: list[Restart] = []
     for name, service in state.services.items():
         wanted = amount is not None and name in units and not enough(service.base, amount.size)
-        reload = _plan_unit(result, service, drop_in_text(amount) if amount is not None and wanted else None) or reload
         target = amount.size if amount is not None and wanted else service.base
+        step = None
         if restart and service.daemon and service.process is not None and _differs(service, target, wanted):
-            restarts.append(Restart(f"restart {name} (guests keep running)", daemon=name))
-    text = limits_text(amount, users) if amount is not None and users else None
-    _plan_limits(result, state.limits, text)
+            step = Restart(f"restart {name} (guests keep running)", daemon=name)
+            restarts.append(step)
+        text = drop_in_text(amount) if amount is not None and wanted else None
+        reload = _plan_unit(result, service, text, step) or reload
+    _plan_limits(result, state.limits, limits_text(amount, users) if amount is not None and users else None)
     if reload or any(service.state.shown.get("NeedDaemonReload") == "yes" for service in state.services.values()):
-        result.add(Action("have systemd read its units again", do=daemon_reload, take_back=daemon_reload))
+        result.add(Action("have systemd read its units again", do=daemon_reload))
     result.add(*restarts)
     if restarts and amount is not None:
         result.add(
@@ -298,7 +300,19 @@ def _differs(service: Service, target: int | None, wanted: bool) -> bool:
     return service.state.content is not None and (target == -1 or service.live != target)
 
 
-def _plan_unit(plan_: Plan, service: Service, text: str | None) -> bool:
+@dataclasses.dataclass
+class WriteLimit(WriteDropIn):
+    """Write the drop-in; taken back, a daemon that was restarted for it has its old limit again."""
+
+    restart: Restart | None = None
+
+    def undo(self) -> None:
+        super().undo()
+        if self.restart is not None and self.restart.tried:
+            run(["systemctl", "restart", "--", self.restart.daemon], 120)
+
+
+def _plan_unit(plan_: Plan, service: Service, text: str | None, restart: Restart | None) -> bool:
     state = service.state
     content = state.content
     if content is not None:
@@ -314,9 +328,9 @@ def _plan_unit(plan_: Plan, service: Service, text: str | None) -> bool:
         return content is not None or state.path in state.shown.get("DropInPaths", "").split()
     if before != text:
         plan_.add(
-            WriteDropIn(
+            WriteLimit(
                 f"write {state.path}", state.path, before, text, path=state.path, content=text.encode(), mode=0o644,
-                enforce_mode=True,
+                enforce_mode=True, restart=restart,
             )
         )  # fmt: skip
         return True
