@@ -14,9 +14,13 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_conf
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._packages import read_packages
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step, WriteFile, run, wait_until
 
 DEFAULT_PATH = "/etc/libvirt/qemu.conf"
+
+# <driver iommufd='yes'/>: libvirt opens /dev/iommu and the character devices and passes the descriptors.
+PASSES_SINCE = (12, 1)
 
 # One of them runs guests: the modular daemon, or the monolithic one. Restarting it leaves guests alone: QEMU is in a
 # scope of its own (machine-qemu*.scope) and the new daemon reconnects to it.
@@ -54,9 +58,14 @@ class Libvirt:
 
     @property
     def passes_descriptors(self) -> bool | None:
-        """Whether this libvirt can open the nodes itself (<driver iommufd='yes'/>, libvirt 12.1); None: unknown."""
-        numbers = re.match(r"(\d+)\.(\d+)", self.version or "")
-        return (int(numbers.group(1)), int(numbers.group(2))) >= (12, 1) if numbers else None
+        """Whether this libvirt can open the nodes itself; None: unknown."""
+        return can_pass(self.version)
+
+
+def can_pass(version: str | None) -> bool | None:
+    """Whether a version passes iommufd descriptors itself; None where it is not known."""
+    match = re.match(r"(?:\d+:)?(\d+)\.(\d+)", version or "")
+    return None if match is None else (int(match[1]), int(match[2])) >= PASSES_SINCE
 
 
 def read_libvirt(host: Host, path: str) -> Libvirt:
@@ -107,15 +116,11 @@ def refused(path: str, problem: Exception) -> HostError:
 
 def installed_version(host: Host) -> str | None:
     """The version of libvirt's QEMU driver: by Debian's package database, else the daemon's word; or None."""
-    status = host.read_text("/var/lib/dpkg/status", 64 << 20) or ""
-    for package in _DEBIAN_PACKAGES:
-        match = re.search(
-            rf"^Package: {package}\nStatus: install ok installed\n(?:.+\n)*?Version: (?:\d+:)?(\S+)$",
-            status,
-            re.MULTILINE,
-        )
-        if match:
-            return match.group(1)
+    packages = read_packages(host)
+    for name in _DEBIAN_PACKAGES:
+        package = packages.get(name)
+        if package is not None and package.installed:
+            return package.version.rpartition(":")[2]
     for command in ("virtqemud", "libvirtd"):
         answer = host.ask([command, "--version"])
         match = re.search(r"(\d+\.\d+\.\d+)", answer.stdout) if answer is not None and answer.ok else None

@@ -631,30 +631,38 @@ def _apparmor(survey: Survey) -> Check:
         name,
         WARN,
         "AppArmor's profile for guests of libvirt does not list /dev/iommu.",
-        "Write `/dev/iommu rw,` and `/dev/vfio/devices/* rw,` to /etc/apparmor.d/local/abstractions/libvirt-qemu.",
+        "Let the module apparmor_access add the rules; a guest has them from its next start.",
     )
 
 
 def _selinux(survey: Survey) -> Check:
     name = "security.selinux"
     selinux = (survey.get("security") or {}).get("selinux")
-    node = (survey.get("nodes") or {}).get("iommu")
-    if selinux is None or selinux["mode"] != "enforcing":
+    if selinux is None or selinux["mode"] == "disabled":
+        return Check(name, SKIP, "SELinux is not in use.")
+    if not _needs_own_access(survey):
+        return Check(name, SKIP, "No guest of libvirt has to open /dev/iommu under SELinux.")
+    if selinux["mode"] != "enforcing":
+        return Check(name, OK, "SELinux only logs what it would forbid (permissive).")
+    patterns = {pattern: kind for pattern, kind in selinux["contexts"].items() if pattern.startswith("/dev/iommu")}
+    if not patterns:
         return Check(
-            name, SKIP, "SELinux is not enforcing." if selinux else "SELinux is not in use, as far as is seen."
+            name,
+            WARN,
+            "The SELinux policy gives /dev/iommu no type of its own, so a guest of libvirt may not open it.",
+            "Use the access mode `launcher` with libvirt 12.1 or later, or a newer selinux-policy.",
         )
-    label = (node or {}).get("label")
-    if not _needs_own_access(survey) or label is None:
-        return Check(name, SKIP, "No guest of libvirt has to open a labelled /dev/iommu.")
-    if ":device_t:" not in f"{label}:":
-        return Check(name, OK, f"/dev/iommu has a label of its own ({label}).")
-    return Check(
-        name,
-        WARN,
-        f"/dev/iommu has the label of any device ({label}), which SELinux forbids a guest of libvirt to open.",
-        "Give it that of the vfio nodes: `semanage fcontext -a -t vfio_device_t /dev/iommu && restorecon -v "
-        "/dev/iommu`.",
-    )
+    wanted = next(iter(patterns.values()))
+    node = (survey.get("nodes") or {}).get("iommu")
+    label = None if node is None else node["label"]
+    if label is not None and f":{wanted}:" not in f"{label}:":
+        return Check(
+            name,
+            WARN,
+            f"/dev/iommu has the label {label}, and the policy says {wanted}.",
+            "`restorecon -v /dev/iommu`",
+        )
+    return Check(name, OK, f"The SELinux policy gives /dev/iommu the type {wanted}.")
 
 
 def _memlock(survey: Survey) -> Check:

@@ -11,12 +11,9 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_conf
-from ansible_collections.iommufd.host.plugins.module_utils._access import DEFAULT_PATH, installed_version
+from ansible_collections.iommufd.host.plugins.module_utils._access import DEFAULT_PATH, can_pass, installed_version
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._package_versions import package_versions
-
-# <driver iommufd='yes'/>: libvirt opens /dev/iommu and the character devices and passes the descriptors.
-PASSES_SINCE = (12, 1)
 
 _UNITS = ("virtqemud.service", "virtqemud.socket", "libvirtd.service", "libvirtd.socket")
 # The packages with libvirt's QEMU driver where it is not Debian's: Red Hat and SUSE, Arch.
@@ -104,12 +101,6 @@ def _setting(text: str, name: str) -> str | None:
     """A string in qemu.conf; of a setting defined twice the first counts."""
     found = re.search(rf"^[ \t]*{name}[ \t]*=[ \t]*[\"']([^\"'\n]+)[\"']", text, re.MULTILINE)
     return found[1].lstrip("+") if found is not None else None
-
-
-def can_pass(version: str | None) -> bool | None:
-    """Whether a version passes iommufd descriptors itself; None where it is not known."""
-    match = re.match(r"(?:\d+:)?(\d+)\.(\d+)", version or "")
-    return None if match is None else (int(match[1]), int(match[2])) >= PASSES_SINCE
 
 
 def _device_acl(host: Host, version: str | None) -> tuple[list[str] | None, str | None]:

@@ -16,6 +16,7 @@ import os
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._distribution import read_distribution
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._files import FileState, own_header, remove, write_atomic
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -92,18 +93,11 @@ def require_apt(host: Host) -> None:
         HostError: the host has no dpkg and apt-get.
     """
     if not host.exists(_STATUS) or host.which("apt-get") is None:
-        name = os_name(host)
+        name = read_distribution(host).name or "of an unknown distribution"
         raise HostError(
             f"Packages can only be installed on Debian and its derivatives so far, and this host is {name}. "
             "Install what is named here by its own means."
         )
-
-
-def os_name(host: Host) -> str:
-    """The distribution's name for people ("Debian GNU/Linux 13 (trixie)")."""
-    text = host.read_text("/etc/os-release") or host.read_text("/usr/lib/os-release") or ""
-    match = re.search(r'^PRETTY_NAME="?([^"\n]*)"?$', text, re.MULTILINE)
-    return match[1] if match else "of an unknown distribution"
 
 
 def read_packages(host: Host) -> dict[str, Package]:

@@ -223,6 +223,21 @@ def active_list(data: bytes) -> list[str] | None:
     return [_text(item) for item in statement.value.items]
 
 
+def settings(data: bytes) -> dict[str, str | list[str]]:
+    """All settings by name, as text or as a list of texts; of one set twice the first.
+
+    Raises:
+        SyntaxProblem: libvirt would refuse the file.
+    """
+    found: dict[str, str | list[str]] = {}
+    for statement in parse(data):
+        if statement.value is not None:
+            value = statement.value
+            text = [_text(item) for item in value.items] if value.kind == "list" else _text(value)
+            found.setdefault(statement.name.decode("ascii", "replace"), text)
+    return found
+
+
 def definitions(data: bytes) -> int:
     """How often the list is set; libvirt uses the first."""
     return sum(statement.name == SETTING for statement in parse(data))

@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils import _apparmor
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-
-_ABSTRACTION = "/etc/apparmor.d/abstractions/libvirt-qemu"
-_LOCAL_ABSTRACTION = "/etc/apparmor.d/local/abstractions/libvirt-qemu"
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU
 
 # The daemons that start guests, and in which guests' limits begin.
 _UNITS = ("virtqemud.service", "libvirtd.service", "user@.service")
@@ -20,30 +19,57 @@ _UNIT_DIRECTORIES = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/sys
 
 
 def read_security(host: Host) -> dict[str, t.Any]:
-    """AppArmor and SELinux: {apparmor: {enabled, libvirt_allows_iommu}, selinux: {mode}}; None where not known."""
-    return {"apparmor": _apparmor(host), "selinux": _selinux(host)}
+    """AppArmor and SELinux, each None where not known.
+
+    Returns:
+        ``apparmor``: ``enabled`` and ``libvirt_allows_iommu``; ``selinux``: ``mode``, ``booleans`` (those about guests,
+        on or off) and ``contexts`` (type that the policy gives /dev/iommu and the vfio nodes, by path pattern).
+    """
+    return {"apparmor": _read_apparmor(host), "selinux": _read_selinux(host)}
 
 
-def _apparmor(host: Host) -> dict[str, t.Any] | None:
+def _read_apparmor(host: Host) -> dict[str, t.Any] | None:
     enabled = {"Y": True, "N": False}.get(host.read_line("/sys/module/apparmor/parameters/enabled") or "")
-    rules = [host.read_text(path) for path in (_ABSTRACTION, _LOCAL_ABSTRACTION)]
-    if enabled is None and rules == [None, None]:
+    directory = f"{_apparmor.ABSTRACTION}.d"
+    additions = [f"{directory}/{name}" for name in host.listdir(directory)]
+    rules = [host.read_text(path) for path in (_apparmor.ABSTRACTION, _apparmor.LOCAL, *additions)]
+    known = [text for text in rules if text is not None]
+    if enabled is None and not known:
         return None
-    lines = [line.split("#", 1)[0] for text in rules if text is not None for line in text.splitlines()]
-    # A rule such as "/dev/iommu rw," or one with a glob that covers it.
-    allowed = any(line.split()[:1] in (["/dev/iommu"], ["/dev/**"], ["/dev/*"]) for line in lines)
-    return {"enabled": enabled, "libvirt_allows_iommu": allowed if rules != [None, None] else None}
+    allowed = any(_apparmor.allows(text, IOMMU) for text in known)
+    return {"enabled": enabled, "libvirt_allows_iommu": allowed if known else None}
 
 
-def _selinux(host: Host) -> dict[str, t.Any] | None:
-    live = {"1": "enforcing", "0": "permissive"}.get(host.read_line("/sys/fs/selinux/enforce") or "")
-    if live is not None:
-        return {"mode": live}
+def _read_selinux(host: Host) -> dict[str, t.Any] | None:
+    mode = {"1": "enforcing", "0": "permissive"}.get(host.read_line("/sys/fs/selinux/enforce") or "")
+    policy = None
     for line in (host.read_text("/etc/selinux/config", 65536) or "").splitlines():
         key, equals, value = line.partition("=")
-        if equals and key.strip() == "SELINUX":
-            return {"mode": "disabled" if host.live else value.strip()}
-    return None
+        if equals and key.strip() == "SELINUX" and mode is None:
+            mode = "disabled" if host.live else value.strip()
+        elif equals and key.strip() == "SELINUXTYPE":
+            policy = value.strip()
+    if mode is None:
+        return None
+    directory = "/sys/fs/selinux/booleans"
+    booleans = {
+        name: (host.read_line(f"{directory}/{name}") or "").startswith("1")
+        for name in host.listdir(directory)
+        if name.startswith("virt_")
+    }
+    return {"mode": mode, "booleans": booleans, "contexts": _file_contexts(host, policy)}
+
+
+def _file_contexts(host: Host, policy: str | None) -> dict[str, str]:
+    """Which type the policy gives the nodes: pattern of the path -> type, as file_contexts has them."""
+    found = {}
+    for name in ("file_contexts", "file_contexts.local"):
+        text = host.read_text(f"/etc/selinux/{policy}/contexts/files/{name}", 16 << 20) if policy else None
+        for line in (text or "").splitlines():
+            fields = line.split()
+            if len(fields) >= 2 and fields[0].startswith(("/dev/iommu", "/dev/vfio")) and fields[-1].count(":") >= 2:
+                found[fields[0]] = fields[-1].split(":")[2]
+    return found
 
 
 def read_memlock(host: Host) -> list[dict[str, t.Any]] | None:

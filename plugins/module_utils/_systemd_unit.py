@@ -16,10 +16,19 @@ import re
 import tempfile
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils import _device_filter
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, RemoveFile, Step, WriteFile, run
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import CDEVS, IOMMU, KVM
+from ansible_collections.iommufd.host.plugins.module_utils._plan import (
+    Plan,
+    RemoveFile,
+    Step,
+    WriteFile,
+    run,
+    wait_until,
+)
 
 SYSTEM = "/etc/systemd/system"
 DROP_IN = "50-iommufd-host.conf"
@@ -120,15 +129,17 @@ class UnitState:
         unit: its name.
         content: our drop-in, None where there is none.
         shown: what ``systemctl show`` says; empty where systemd cannot be asked.
+        drop_in: the name of our drop-in.
     """
 
     unit: str
     content: bytes | None
     shown: t.Mapping[str, str]
+    drop_in: str = DROP_IN
 
     @property
     def path(self) -> str:
-        return drop_in_path(self.unit)
+        return f"{SYSTEM}/{self.unit}.d/{self.drop_in}"
 
     @property
     def loaded(self) -> bool:
@@ -139,16 +150,12 @@ class UnitState:
         return self.shown.get("ActiveState") in ("active", "activating", "reloading", "deactivating")
 
 
-def drop_in_path(unit: str) -> str:
-    return f"{SYSTEM}/{unit}.d/{DROP_IN}"
-
-
-def own_drop_ins(host: Host) -> list[str]:
-    """The units that have a drop-in of ours."""
+def marked_drop_ins(host: Host, name: str = DROP_IN) -> list[str]:
+    """The units that have a drop-in of ours with this name."""
     found = []
-    for name in host.listdir(SYSTEM):
-        if name.endswith(".d") and OWN_MARK in (host.read_text(f"{SYSTEM}/{name}/{DROP_IN}", 400) or ""):
-            found.append(name[:-2])
+    for directory in host.listdir(SYSTEM):
+        if directory.endswith(".d") and OWN_MARK in (host.read_text(f"{SYSTEM}/{directory}/{name}", 400) or ""):
+            found.append(directory[:-2])
     return found
 
 
@@ -159,21 +166,21 @@ def show_name(unit: str) -> str:
 
 _PROPERTIES = (
     "LoadState,ActiveState,NeedDaemonReload,DropInPaths,DevicePolicy,DeviceAllow,OpenFile,LimitMEMLOCK,ControlGroup,"
-    "FragmentPath"
+    "FragmentPath,MainPID,User,Group,SupplementaryGroups,AppArmorProfile,Slice"
 )
 
 
-def read_unit(host: Host, unit: str) -> UnitState:
-    """Our drop-in and what systemd knows about the unit.
+def read_unit(host: Host, unit: str, drop_in: str = DROP_IN) -> UnitState:
+    """Our drop-in of that name and what systemd knows about the unit.
 
     Raises:
         HostError: something other than a regular file is in the drop-in's place.
     """
-    path = drop_in_path(unit)
+    path = f"{SYSTEM}/{unit}.d/{drop_in}"
     content = host.read_bytes(path)
     if content is None and host.exists(path):
         raise HostError(f"{path} is there, but is not a file that can be read.")
-    return UnitState(unit, content, _show(host, unit))
+    return UnitState(unit, content, _show(host, unit), drop_in)
 
 
 def _show(host: Host, unit: str) -> dict[str, str]:
@@ -267,14 +274,20 @@ def check_syntax(host: Host, text: str, unit: str) -> None:
 # -- planning ----------------------------------------------------------------------------------------------------------
 
 
-def plan_present(states: t.Sequence[UnitState], wanted: Wanted, host: Host) -> Plan:
+def plan_present(states: t.Sequence[UnitState], wanted: Wanted, host: Host, others: t.Sequence[UnitState] = ()) -> Plan:
     """What is missing until every unit has the drop-in and systemd goes by it.
+
+    Args:
+        states: the units that shall have it.
+        wanted: what it shall say.
+        host: the host.
+        others: units that shall not have it any more.
 
     Raises:
         Refusal: a file that is not ours is in a drop-in's place.
     """
     plan = Plan()
-    stale = False
+    stale = _take_out(plan, others)
     for state in states:
         _refuse_foreign(state)
         text = drop_in_text(state, wanted)
@@ -299,6 +312,12 @@ def plan_absent(states: t.Sequence[UnitState], host: Host) -> Plan:
         Refusal: a file that is not ours is in a drop-in's place.
     """
     plan = Plan()
+    stale = _take_out(plan, states)
+    return _reloaded(plan, stale, [], host)
+
+
+def _take_out(plan: Plan, states: t.Sequence[UnitState]) -> bool:
+    """Plan the removal of drop-ins; returns whether systemd still knows one that is gone already."""
     stale = False
     for state in states:
         if state.content is not None:
@@ -308,7 +327,7 @@ def plan_absent(states: t.Sequence[UnitState], host: Host) -> Plan:
             plan.add(RemoveDropIn(f"remove {state.path}", state.path, text, path=state.path, prune=[directory]))
         elif state.path in state.shown.get("DropInPaths", "").split():
             stale = True
-    return _reloaded(plan, stale, [], host)
+    return stale
 
 
 def _refuse_foreign(state: UnitState) -> None:
@@ -327,7 +346,12 @@ def _reloaded(plan: Plan, stale: bool, units: t.Sequence[tuple[str, Wanted]], ho
     return plan
 
 
-def _daemon_reload() -> None:
+def daemon_reload() -> None:
+    """Have systemd read its units again.
+
+    Raises:
+        HostError: it did not.
+    """
     run(["systemctl", "daemon-reload"], 120)
 
 
@@ -337,7 +361,7 @@ class WriteDropIn(WriteFile):
 
     def undo(self) -> None:
         super().undo()
-        _daemon_reload()
+        daemon_reload()
 
 
 @dataclasses.dataclass
@@ -346,7 +370,7 @@ class RemoveDropIn(RemoveFile):
 
     def undo(self) -> None:
         super().undo()
-        _daemon_reload()
+        daemon_reload()
 
 
 @dataclasses.dataclass
@@ -357,10 +381,11 @@ class Reload(Step):
     host: Host = dataclasses.field(default_factory=Host)
 
     def apply(self) -> None:
-        _daemon_reload()
-        problems = [
-            problem for unit, wanted in self.units for problem in policy_problems(read_unit(self.host, unit), wanted)
-        ]
+        daemon_reload()
+        problems: list[str] = []
+        for unit, wanted in self.units:
+            problems += policy_problems(read_unit(self.host, unit), wanted)
+            problems += live_problems(self.host, unit, wanted) if not problems else []
         if problems:
             raise HostError("; ".join(problems))
 
@@ -394,16 +419,49 @@ def _allows(line: str, device: str) -> bool:
     return path == device and "r" in access and "w" in access
 
 
+def live_problems(host: Host, unit: str, wanted: Wanted) -> list[str]:
+    """What the cgroup of a unit that runs forbids though our drop-in allows it; empty where nobody can tell."""
+    state = read_unit(host, unit)
+    cgroup = state.shown.get("ControlGroup")
+    if not cgroup or not state.active:
+        return []
+    paths = _node_paths(host, wanted.devices)
+    refused: list[str] = []
+
+    def all_open() -> bool:
+        gate = _device_filter.read_filter(host, cgroup)
+        refused[:] = [path for path in paths if _device_filter.allows_node(host, gate, path) is False]
+        return not refused
+
+    # systemd gives running units their new filter soon after a reload, not within it.
+    wait_until(all_open, 5)
+    return [f"the cgroup {cgroup} of {unit} forbids {', '.join(refused)}"] if refused else []
+
+
+def _node_paths(host: Host, devices: t.Iterable[str]) -> list[str]:
+    """The nodes that entries of DeviceAllow= mean and that are there."""
+    found: list[str] = []
+    for device in devices:
+        if device == "char-vfio-dev":
+            found += [f"{CDEVS}/{name}" for name in host.listdir(CDEVS)]
+        elif device.startswith("/"):
+            found.append(device)
+    return [path for path in found if host.exists(path)]
+
+
 def effective_policy(host: Host, unit: str) -> dict[str, t.Any]:
     """What systemd has loaded for a unit and, for one that runs, what its cgroup enforces.
 
     Returns:
         ``unit``, ``drop_in``, ``loaded``, ``active``, ``policy``, ``devices`` (each as systemd shows it),
-        ``open_file``, ``memlock``, ``cgroup`` (its path or null) and ``enforced``: true where a BPF program for
-        devices is attached (cgroup v2) or the list of devices names other than all (v1), null where nobody can tell.
+        ``open_file``, ``memlock``, ``cgroup`` (its path or null), ``enforced`` (whether the cgroup has a filter for
+        devices, null where nobody can tell) and ``effective``: for each node that matters whether that filter lets it
+        be opened (null where the filter is one that cannot be read).
     """
     state = read_unit(host, unit)
-    cgroup = state.shown.get("ControlGroup") or None
+    cgroup = (state.shown.get("ControlGroup") or None) if state.active else None
+    gate = _device_filter.read_filter(host, cgroup) if cgroup else None
+    nodes = _node_paths(host, [IOMMU, KVM, "char-vfio-dev"]) if gate is not None else []
     return {
         "unit": unit,
         "drop_in": state.path if state.content is not None else None,
@@ -413,16 +471,7 @@ def effective_policy(host: Host, unit: str) -> dict[str, t.Any]:
         "devices": [line for line in state.shown.get("DeviceAllow", "").splitlines() if line],
         "open_file": [line for line in state.shown.get("OpenFile", "").splitlines() if line],
         "memlock": state.shown.get("LimitMEMLOCK") if state.loaded else None,
-        "cgroup": cgroup if state.active else None,
-        "enforced": _enforced(host, cgroup) if cgroup and state.active else None,
+        "cgroup": cgroup,
+        "enforced": None if gate is None else gate.enforced,
+        "effective": {path: _device_filter.allows_node(host, gate, path) for path in nodes},
     }
-
-
-def _enforced(host: Host, cgroup: str) -> bool | None:
-    if host.exists("/sys/fs/cgroup/cgroup.controllers"):
-        answer = host.ask(["bpftool", "cgroup", "show", f"/sys/fs/cgroup{cgroup}"])
-        if answer is None or not answer.ok:
-            return None
-        return re.search(r"\bcgroup_device\b|\bdevice\b", answer.stdout) is not None
-    listed = host.read_text(f"/sys/fs/cgroup/devices{cgroup}/devices.list")
-    return None if listed is None else "a *:* rwm" not in listed

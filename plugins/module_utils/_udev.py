@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import stat
 import tempfile
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -48,18 +50,37 @@ def cdev_link(address: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Named:
+    """A user or group in a node's access list, who may read and write. ``tag`` is one of :mod:`_posix_acl`."""
+
+    tag: int
+    name: str
+    id: int
+
+    @property
+    def text(self) -> str:
+        """As setfacl(1) takes it."""
+        return f"{'u' if self.tag == _posix_acl.USER else 'g'}:{self.name}:rw"
+
+
+@dataclasses.dataclass(frozen=True)
 class Access:
-    """Owner, group and mode of a node, by name and by number."""
+    """Owner, group and mode of a node, by name and by number, and who else has access."""
 
     owner: str
     group: str
     mode: int
     uid: int
     gid: int
+    acl: tuple[Named, ...] = ()
 
     @property
     def text(self) -> str:
-        return f"{self.owner}:{self.group} {self.mode:04o}"
+        return " ".join([f"{self.owner}:{self.group} {self.mode:04o}", *(entry.text for entry in self.acl)])
+
+    @property
+    def named(self) -> frozenset[tuple[int, int]]:
+        return frozenset((entry.tag, entry.id) for entry in self.acl)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +93,7 @@ class LiveNode:
         syspath: its device in sysfs, to trigger it.
         access: what it has now.
         default: what the kernel gives it.
+        acl: its access list as the kernel keeps it; empty where it has none.
         link: the stable name that our rules give it; None where there is none (not a PCI device, not a cdev).
         linked: that name is there and leads to the node.
     """
@@ -83,9 +105,13 @@ class LiveNode:
     default: Access
     link: str | None = None
     linked: bool = False
+    acl: bytes = b""
 
-    def has(self, access: Access) -> bool:
-        return (self.access.uid, self.access.gid, self.access.mode) == (access.uid, access.gid, access.mode)
+    def has(self, access: Access, acl: bool = True) -> bool:
+        """Whether it has this access; ``acl``: its access list counts, too."""
+        mine = (self.access.uid, self.access.gid, self.access.mode)
+        same = mine == (access.uid, access.gid, access.mode)
+        return same and (not acl or self.access.named == access.named)
 
     def to_dict(self) -> dict[str, t.Any]:
         return {
@@ -94,6 +120,7 @@ class LiveNode:
             "owner": self.access.owner,
             "group": self.access.group,
             "mode": f"{self.access.mode:04o}",
+            "acl": [entry.text for entry in self.access.acl],
             "symlink": self.link if self.linked else None,
         }
 
@@ -131,7 +158,15 @@ def parse_mode(option: str, value: object, allow_world: bool) -> int:
     return mode
 
 
-def resolve_access(accounts: Accounts, prefix: str, owner: str, group: str, mode: int) -> Access:
+def resolve_access(
+    accounts: Accounts,
+    prefix: str,
+    owner: str,
+    group: str,
+    mode: int,
+    acl_users: t.Sequence[str] = (),
+    acl_groups: t.Sequence[str] = (),
+) -> Access:
     """Names to ids.
 
     Args:
@@ -140,25 +175,44 @@ def resolve_access(accounts: Accounts, prefix: str, owner: str, group: str, mode
         owner: user name or number.
         group: group name or number.
         mode: permission bits.
+        acl_users: users who may read and write as well.
+        acl_groups: groups that may.
 
     Raises:
         OptionError: not a name, or no such user or group.
     """
-    ids: list[int] = []
-    for kind, name, look_up in (("owner", owner, accounts.user_id), ("group", group, accounts.group_id)):
-        what = "user" if kind == "owner" else "group"
-        if not _NAME.fullmatch(name):
-            raise OptionError(f"{prefix}{kind}", name, f"the name of a {what} of the host")
-        number = int(name) if name.isdecimal() else look_up(name)
-        if number is None:
-            raise OptionError(
-                f"{prefix}{kind}",
-                name,
-                f"a {what} that exists on the host (`getent {'passwd' if kind == 'owner' else 'group'}`)",
-                f"the host has no {what} of this name",
-            )
-        ids.append(number)
-    return Access(owner, group, mode, ids[0], ids[1])
+    users = [(f"acl_users[{index}]", name) for index, name in enumerate(acl_users)]
+    groups = [(f"acl_groups[{index}]", name) for index, name in enumerate(acl_groups)]
+    named = [
+        Named(_posix_acl.USER, name, _resolve(accounts, f"{prefix}{option}", name, True)) for option, name in users
+    ]
+    named += [
+        Named(_posix_acl.GROUP, name, _resolve(accounts, f"{prefix}{option}", name, False)) for option, name in groups
+    ]
+    return Access(
+        owner,
+        group,
+        mode,
+        _resolve(accounts, f"{prefix}owner", owner, True),
+        _resolve(accounts, f"{prefix}group", group, False),
+        tuple({(entry.tag, entry.id): entry for entry in named}.values()),
+    )
+
+
+def _resolve(accounts: Accounts, option: str, name: str, user: bool) -> int:
+    what, database = ("user", "passwd") if user else ("group", "group")
+    if not _NAME.fullmatch(name):
+        raise OptionError(option, name, f"the name of a {what} of the host")
+    look_up = accounts.user_id if user else accounts.group_id
+    number = int(name) if name.isdecimal() else look_up(name)
+    if number is None:
+        raise OptionError(
+            option,
+            name,
+            f"a {what} that exists on the host (`getent {database}`)",
+            f"the host has no {what} of this name",
+        )
+    return number
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -195,9 +249,12 @@ def _read_node(host: Host, accounts: Accounts, kind: str, device: str) -> LiveNo
     if syspath is None or status is None or not (stat.S_ISCHR(status.st_mode) or not host.live):
         return None
 
-    def access(uid: int, gid: int, mode: int) -> Access:
+    acl = _posix_acl.read(host, path)
+    entries = _posix_acl.parse(acl)
+
+    def access(uid: int, gid: int, mode: int, named: t.Iterable[tuple[int, int]] = ()) -> Access:
         owner, group = accounts.user_name(uid) or str(uid), accounts.group_name(gid) or str(gid)
-        return Access(owner, group, mode, uid, gid)
+        return Access(owner, group, mode, uid, gid, tuple(_named(accounts, tag, number) for tag, number in named))
 
     def number(key: str, default: int, base: int) -> int:
         try:
@@ -213,28 +270,62 @@ def _read_node(host: Host, accounts: Accounts, kind: str, device: str) -> LiveNo
         kind,
         path,
         syspath,
-        access(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)),
+        access(
+            status.st_uid,
+            status.st_gid,
+            _posix_acl.real_mode(stat.S_IMODE(status.st_mode), entries),
+            sorted(_posix_acl.named(entries)),
+        ),
         default,
         link,
         link is not None and host.realpath(link) == path,
+        acl,
     )
+
+
+def _named(accounts: Accounts, tag: int, number: int) -> Named:
+    look_up = accounts.user_name if tag == _posix_acl.USER else accounts.group_name
+    return Named(tag, look_up(number) or str(number), number)
 
 
 # -- the rules ---------------------------------------------------------------------------------------------------------
 
 
-def rules_text(wanted: t.Mapping[str, Access], symlinks: bool) -> str:
-    """The rules file."""
+def setfacl(host: Host) -> str:
+    """The path of setfacl(1), which the rules run.
+
+    Raises:
+        HostError: it is not installed.
+    """
+    path = host.which("setfacl")
+    if path is None:
+        raise HostError("setfacl is not installed, which access lists of nodes need (package acl).")
+    return path
+
+
+def rules_text(wanted: t.Mapping[str, Access], symlinks: bool, command: str = "/usr/bin/setfacl") -> str:
+    """The rules file.
+
+    Args:
+        wanted: access by kind of node.
+        symlinks: give the cdevs stable names.
+        command: path of setfacl(1), for nodes with an access list.
+    """
     lines = [
         own_header().rstrip("\n"),
         "# Who may open the IOMMUFD nodes, and stable names of the vfio character devices.",
         'ACTION=="remove", GOTO="iommufd_host_end"',
     ]
-    lines += [
-        f'{match}, OWNER="{wanted[kind].owner}", GROUP="{wanted[kind].group}", MODE="{wanted[kind].mode:04o}"'
-        for kind, match in KINDS.items()
-        if kind in wanted
-    ]
+    for kind, match in KINDS.items():
+        if kind not in wanted:
+            continue
+        access = wanted[kind]
+        line = f'{match}, OWNER="{access.owner}", GROUP="{access.group}", MODE="{access.mode:04o}"'
+        if access.acl:
+            # udev sets owner, group and mode first and runs programs afterwards, at each event: the mode that it sets
+            # shuts the list's mask, and setting the list opens it again. What an earlier rule put there goes (-b).
+            line += f', RUN+="{command} -b -m {",".join(entry.text for entry in access.acl)} $devnode"'
+        lines.append(line)
     if symlinks:
         # DEVPATH makes sure that the direct parent is a PCI function: a mediated device has one further up only, and
         # several of them would fight for one name. $id is the name of the parent that SUBSYSTEMS found first.
@@ -249,6 +340,12 @@ def rules_text(wanted: t.Mapping[str, Access], symlinks: bool) -> str:
 def covered_kinds(content: bytes | None) -> set[str]:
     """The kinds of nodes whose access a rules file of ours sets."""
     lines = (content or b"").decode("utf-8", "replace").splitlines()
+    return {kind for kind, match in KINDS.items() if any(line.startswith(f"{match}, OWNER=") for line in lines)}
+
+
+def listed_kinds(content: bytes | None) -> set[str]:
+    """The kinds of nodes whose access list a rules file of ours sets."""
+    lines = [line for line in (content or b"").decode("utf-8", "replace").splitlines() if " -b -m " in line]
     return {kind for kind, match in KINDS.items() if any(line.startswith(f"{match}, OWNER=") for line in lines)}
 
 
@@ -337,17 +434,28 @@ def plan_present(state: State, wanted: t.Mapping[str, Access], symlinks: bool, h
         Refusal: the file at the path is not ours.
     """
     _refuse_foreign(state)
-    text = rules_text(wanted, symlinks)
+    command = setfacl(host) if any(access.acl for access in wanted.values()) else ""
+    text = rules_text(wanted, symlinks, command)
     plan = Plan()
     dropped = covered_kinds(state.content) - set(wanted)
-    reset = [node for node in state.nodes if node.kind in dropped and not node.has(node.default)]
+    # udev takes no access list away: one that an earlier rule of ours set and none sets now is ours to remove. A list
+    # that somebody set by hand stays, unless our rule has one.
+    listed = listed_kinds(state.content)
+    lists = listed | {kind for kind, access in wanted.items() if access.acl}
+    unlisted = {kind for kind in listed if kind in wanted and not wanted[kind].acl}
+    reset = [
+        node
+        for node in state.nodes
+        if (node.kind in dropped and not node.has(node.default, node.kind in listed))
+        or (node.kind in unlisted and node.acl)
+    ]
     # New rules are tried on every node they are about, also on one that happens to have the right mode now: a rule of
     # somebody else that wins over ours shows here, and not at the next boot.
     rewrite = state.content != text.encode()
     follow = [
         node
         for node in state.nodes
-        if (node.kind in wanted and (rewrite or not node.has(wanted[node.kind])))
+        if (node.kind in wanted and (rewrite or not node.has(wanted[node.kind], node.kind in lists)))
         or (node.link is not None and node.linked != symlinks)
     ]
     affected = follow + [node for node in reset if node not in follow]
@@ -373,8 +481,8 @@ def plan_absent(state: State, host: Host) -> Plan:
         Refusal: the file at the path is not ours.
     """
     _refuse_foreign(state)
-    covered = covered_kinds(state.content)
-    reset = [node for node in state.nodes if node.kind in covered and not node.has(node.default)]
+    covered, listed = covered_kinds(state.content), listed_kinds(state.content)
+    reset = [node for node in state.nodes if node.kind in covered and not node.has(node.default, node.kind in listed)]
     # A link of ours without the rule is what a killed run leaves: the rules file goes after the nodes' permissions.
     affected = reset + [node for node in state.nodes if node.linked and node not in reset]
     plan = Plan()
@@ -410,17 +518,30 @@ def _trigger(nodes: t.Sequence[LiveNode]) -> None:
         run(["udevadm", "trigger", "--action=change", "--settle", *here], 120)
 
 
-def _set_access(path: str, access: Access) -> None:
+def _set_access(path: str, access: Access, acl: bytes = b"") -> None:
+    """Set owner, group, mode and access list (empty: none) of a node."""
     try:
+        # The list first: with it, chmod(2) would set its mask instead of the group's rights.
+        _remove_acl(path)
         os.chown(path, access.uid, access.gid)
         os.chmod(path, access.mode)
+        if acl:
+            os.setxattr(path, _posix_acl.ATTRIBUTE, acl)
     except FileNotFoundError:
         pass  # the device went away in the meantime, and its node with it
 
 
+def _remove_acl(path: str) -> None:
+    try:
+        os.removexattr(path, _posix_acl.ATTRIBUTE)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+            raise
+
+
 @dataclasses.dataclass
-class WriteRules(WriteFile):
-    """Write the rules and have udev read them; taken back, the nodes follow the rules of before."""
+class _RulesChanged(Step):
+    """Have udev read its rules after a change of the file; taken back, the nodes follow the rules of before."""
 
     nodes: t.Sequence[LiveNode] = ()
 
@@ -435,19 +556,13 @@ class WriteRules(WriteFile):
 
 
 @dataclasses.dataclass
-class RemoveRules(RemoveFile):
-    """Remove the rules and have udev forget them; taken back, the nodes follow them again."""
+class WriteRules(_RulesChanged, WriteFile):
+    """Write the rules and have udev read them."""
 
-    nodes: t.Sequence[LiveNode] = ()
 
-    def apply(self) -> None:
-        super().apply()
-        _reload()
-
-    def undo(self) -> None:
-        super().undo()
-        _reload()
-        _trigger(self.nodes)
+@dataclasses.dataclass
+class RemoveRules(_RulesChanged, RemoveFile):
+    """Remove the rules and have udev forget them."""
 
 
 @dataclasses.dataclass
@@ -472,7 +587,7 @@ class ResetNodes(Step):
 
     def undo(self) -> None:
         for node in self.nodes:
-            _set_access(node.path, node.access)
+            _set_access(node.path, node.access, node.acl)
 
 
 @dataclasses.dataclass
@@ -510,7 +625,7 @@ class FollowRules(Step):
 
     def undo(self) -> None:
         for node in self.nodes:
-            _set_access(node.path, node.access)
+            _set_access(node.path, node.access, node.acl)
 
     def _problem(self, before: LiveNode) -> str | None:
         status = self.host.stat(before.path)
@@ -518,12 +633,16 @@ class FollowRules(Step):
             return None  # the device went away; the rule is there for when it comes back
         wanted = self.wanted.get(before.kind)
         if wanted is not None:
-            found = {"OWNER": status.st_uid, "GROUP": status.st_gid, "MODE": stat.S_IMODE(status.st_mode)}
+            entries = _posix_acl.parse(_posix_acl.read(self.host, before.path))
+            mode = _posix_acl.real_mode(stat.S_IMODE(status.st_mode), entries)
+            found = {"OWNER": status.st_uid, "GROUP": status.st_gid, "MODE": mode}
             expected = {"OWNER": wanted.uid, "GROUP": wanted.gid, "MODE": wanted.mode}
             wrong = [key for key, value in expected.items() if found[key] != value]
             if wrong:
                 text = f"uid {found['OWNER']}, gid {found['GROUP']}, mode {found['MODE']:04o}"
                 return f"{before.path} did not become {wanted.text} but has {text}: {self._winner(before, wrong)}"
+            if wanted.acl and not wanted.named <= _posix_acl.named(entries):
+                return f"{before.path} did not get the access list {', '.join(entry.text for entry in wanted.acl)}"
         if before.link is not None and (self.host.realpath(before.link) == before.path) != self.symlinks:
             return f"udev did not {'make' if self.symlinks else 'remove'} the link {before.link}"
         return None

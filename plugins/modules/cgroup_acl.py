@@ -93,6 +93,14 @@ options:
     description:
       - C(LimitMEMLOCK) of a service, such as V(17G) or V(infinity). Guest memory is pinned and counts against it.
     type: str
+  exclusive:
+    description:
+      - O(unit) is the complete list. A drop-in of this module that another unit still has, because an earlier list
+        named it, is removed.
+      - Without it other units are left alone.
+    type: bool
+    default: false
+    version_added: 0.2.0
   state:
     description: With V(absent) everything that this module added is taken out, and nothing else.
     type: str
@@ -222,8 +230,15 @@ units:
       description: The cgroup of a unit that runs.
       type: str
     enforced:
-      description: Whether that cgroup has a device filter. Null where nobody can tell (not running, no C(bpftool)).
+      description: Whether that cgroup has a device filter. Null where nobody can tell (not running).
       type: bool
+    effective:
+      description:
+        - For C(/dev/iommu), C(/dev/kvm) and each cdev that is there whether the cgroup of the running unit lets it be
+          opened, read back from the kernel (the BPF programs of cgroup v2, C(devices.list) of v1).
+        - Null where the filter is not systemd's own and cannot be read.
+      type: dict
+      version_added: 0.2.0
     restart_required:
       description: The unit runs with another C(OpenFile) or C(LimitMEMLOCK) until it is restarted. Not done here.
       type: bool
@@ -232,6 +247,7 @@ units:
       cgroup: null
       devices: [/dev/iommu rw, char-vfio-dev rw]
       drop_in: /etc/systemd/system/guest@.service.d/50-iommufd-host.conf
+      effective: {}
       enforced: null
       loaded: true
       memlock: "8388608"
@@ -272,6 +288,7 @@ ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
     "policy": {"type": "str", "choices": ["auto", "closed", "strict"]},
     "open_file": {"type": "list", "elements": "str", "default": []},
     "limit_memlock": {"type": "str"},
+    "exclusive": {"type": "bool", "default": False},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "pending": {"type": "bool", "default": False},
 }
@@ -369,7 +386,7 @@ def work_systemd(module: AnsibleModule, host: Host) -> Outcome:
     units = [_systemd_unit.parse_unit(f"unit[{index}]", name) for index, name in enumerate(names)]
     warnings: list[str] = []
     if not present:
-        states = [_systemd_unit.read_unit(host, unit) for unit in units or _systemd_unit.own_drop_ins(host)]
+        states = [_systemd_unit.read_unit(host, unit) for unit in units or _systemd_unit.marked_drop_ins(host)]
         plan = _systemd_unit.plan_absent(states, host)
     else:
         if not units:
@@ -384,7 +401,9 @@ def work_systemd(module: AnsibleModule, host: Host) -> Outcome:
         for unit in units:
             _systemd_unit.check_support(host, unit, wanted)
         states = [_systemd_unit.read_unit(host, unit) for unit in units]
-        plan = _systemd_unit.plan_present(states, wanted, host)
+        marked = _systemd_unit.marked_drop_ins(host) if params["exclusive"] else []
+        others = [_systemd_unit.read_unit(host, unit) for unit in marked if unit not in units]
+        plan = _systemd_unit.plan_present(states, wanted, host, others)
         if plan.changed:
             for state in states:
                 _systemd_unit.check_syntax(host, _systemd_unit.drop_in_text(state, wanted), state.unit)

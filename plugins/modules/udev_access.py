@@ -43,6 +43,16 @@ options:
       mode:
         description: Instead of O(mode).
         type: str
+      acl_users:
+        description: Instead of O(acl_users).
+        type: list
+        elements: str
+        version_added: 0.2.0
+      acl_groups:
+        description: Instead of O(acl_groups).
+        type: list
+        elements: str
+        version_added: 0.2.0
   owner:
     description:
       - User that owns the nodes.
@@ -61,6 +71,25 @@ options:
       - A mode that lets everybody in is refused, see O(allow_world).
     type: raw
     default: "0660"
+  acl_users:
+    description:
+      - Users who may read and write the nodes as well, by an entry in the access list of each node. The users must
+        exist, in the host's own user database.
+      - The rule itself sets the list, by running C(setfacl) (package C(acl)) when a node appears or changes. So it is
+        there for devices that are bound later, and after a reboot. udev's own C(uaccess) is not used, as it is for
+        whoever sits at the screen.
+      - The list is complete. An entry that somebody else sets on such a node is gone at the next event. Without users
+        and groups here, access lists are left alone.
+    type: list
+    elements: str
+    default: []
+    version_added: 0.2.0
+  acl_groups:
+    description: Groups that may, in the same way.
+    type: list
+    elements: str
+    default: []
+    version_added: 0.2.0
   allow_world:
     description:
       - Accept a O(mode) with access for everybody. Any program of any user on the host can then take the devices.
@@ -113,6 +142,12 @@ EXAMPLES = r"""
         group: disk
         mode: "0640"
 
+- name: Leave group and mode as they are for others, and let two more users in
+  iommufd.host.udev_access:
+    group: root
+    mode: "0600"
+    acl_users: [alice, ci-runner]
+
 - name: As it was
   iommufd.host.udev_access:
     state: absent
@@ -145,12 +180,18 @@ nodes:
     mode:
       description: Its mode, four octal digits.
       type: str
+    acl:
+      description: Users and groups in its access list that may read and write, as C(setfacl) takes them.
+      type: list
+      elements: str
+      version_added: 0.2.0
     symlink:
       description: Its stable name, null where it has none.
       type: str
   sample:
-    - {group: kvm, kind: iommu, mode: "0660", owner: root, path: /dev/iommu, symlink: null}
-    - group: kvm
+    - {acl: [], group: kvm, kind: iommu, mode: "0660", owner: root, path: /dev/iommu, symlink: null}
+    - acl: ["u:alice:rw"]
+      group: kvm
       kind: cdevs
       mode: "0660"
       owner: root
@@ -187,11 +228,16 @@ ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
     "owner": {"type": "str", "default": "root"},
     "group": {"type": "str", "default": "kvm"},
     "mode": {"type": "raw", "default": "0660"},
+    "acl_users": {"type": "list", "elements": "str", "default": []},
+    "acl_groups": {"type": "list", "elements": "str", "default": []},
     "allow_world": {"type": "bool", "default": False},
     "symlinks": {"type": "bool", "default": True},
     "path": {"type": "path", "default": _udev.DEFAULT_PATH},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
 }
+
+
+_SETTINGS = ("owner", "group", "mode", "acl_users", "acl_groups")
 
 
 def parse_nodes(host: Host, params: t.Mapping[str, t.Any]) -> dict[str, _udev.Access]:
@@ -201,14 +247,14 @@ def parse_nodes(host: Host, params: t.Mapping[str, t.Any]) -> dict[str, _udev.Ac
         OptionError: an entry, an owner, a group or a mode that cannot be accepted.
     """
     accounts = Accounts(host)
-    accepted = f"one of {', '.join(_udev.KINDS)}, or a dictionary with name and any of owner, group, mode"
+    accepted = f"one of {', '.join(_udev.KINDS)}, or a dictionary with name and any of {', '.join(_SETTINGS)}"
     _udev.parse_mode("mode", params["mode"], params["allow_world"])
     wanted: dict[str, _udev.Access] = {}
     for index, entry in enumerate(params["nodes"]):
         option = f"nodes[{index}]"
         settings = dict(entry) if isinstance(entry, dict) else {"name": entry}
         name = settings.pop("name", None)
-        unknown = set(settings) - {"owner", "group", "mode"}
+        unknown = set(settings) - set(_SETTINGS)
         if not isinstance(name, str) or name not in _udev.KINDS or unknown:
             raise OptionError(option, entry, accepted)
         if name in wanted:
@@ -217,9 +263,21 @@ def parse_nodes(host: Host, params: t.Mapping[str, t.Any]) -> dict[str, _udev.Ac
         mode_option = f"{option}.mode" if "mode" in given else "mode"
         mode = _udev.parse_mode(mode_option, given.get("mode", params["mode"]), params["allow_world"])
         owner, group = (given.get(key, params[key]) for key in ("owner", "group"))
-        prefix = f"{option}." if {"owner", "group"} & set(given) else ""
-        wanted[name] = _udev.resolve_access(accounts, prefix, str(owner), str(group), mode)
+        prefix = f"{option}." if set(given) - {"mode"} else ""
+        acl = {key: parse_names(f"{prefix}{key}", given.get(key, params[key])) for key in ("acl_users", "acl_groups")}
+        wanted[name] = _udev.resolve_access(accounts, prefix, str(owner), str(group), mode, **acl)
     return wanted
+
+
+def parse_names(option: str, value: object) -> list[str]:
+    """A list of names.
+
+    Raises:
+        OptionError: something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(name, (str, int)) for name in value):
+        raise OptionError(option, value, "a list of names")
+    return [str(name) for name in value]
 
 
 def parse_path(value: str) -> str:

@@ -299,6 +299,19 @@ def test_an_older_libvirt_needs_the_acl_and_apparmor() -> None:
     assert status("security.apparmor", libvirt=older, security=allowed)[0] == "ok"
 
 
+def test_selinux_is_reported_by_the_policy_s_own_file_contexts() -> None:
+    older = {**READY["libvirt"], "can_pass_iommufd": False}
+
+    def found(mode: str, contexts: dict[str, str]) -> str:
+        selinux = {"mode": mode, "booleans": {}, "contexts": contexts}
+        return status("security.selinux", libvirt=older, security={"apparmor": None, "selinux": selinux})[0]
+
+    assert found("disabled", {}) == "skip"
+    assert found("permissive", {}) == "ok"
+    assert found("enforcing", {}) == "warn"
+    assert found("enforcing", {"/dev/iommu": "iommu_device_t"}) == "ok"
+
+
 def test_memlock_matters_where_a_group_may_open_the_node() -> None:
     shared = {**NODE, "group": "kvm"}
     assert status("memlock", nodes__iommu=shared)[0] == "warn"
@@ -357,23 +370,6 @@ def test_the_host_bridge_tells_whose_processor_it_is(vendor: str | None, words: 
 
 
 OLDER = {"version": "11.5.0", "can_pass_iommufd": False, "capability_source": "version", "device_acl": []}
-
-
-@pytest.mark.parametrize(
-    ("mode", "label", "libvirt", "expected"),
-    [
-        ("enforcing", "system_u:object_r:device_t:s0", OLDER, "warn"),
-        ("enforcing", "system_u:object_r:vfio_device_t:s0", OLDER, "ok"),
-        ("permissive", "system_u:object_r:device_t:s0", OLDER, "skip"),
-        ("enforcing", None, OLDER, "skip"),
-        ("enforcing", "system_u:object_r:device_t:s0", None, "skip"),
-    ],
-)
-def test_selinux(mode: str, label: str | None, libvirt: dict[str, t.Any] | None, expected: str) -> None:
-    node = {**NODE, "label": label}
-    assert (
-        status("security.selinux", security__selinux={"mode": mode}, nodes__iommu=node, libvirt=libvirt)[0] == expected
-    )
 
 
 def test_a_libvirt_that_says_itself_that_it_cannot() -> None:

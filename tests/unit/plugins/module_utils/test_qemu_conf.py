@@ -6,7 +6,8 @@
 
 The lens is looked for in ``$IOMMUFD_HOST_SHARED`` (or ``../shared`` beside the checkout) under ``data/augeas-lens``,
 libvirt's parser in ``$IOMMUFD_HOST_LIBVIRT`` (paths of ``libvirt.so.0``, separated by colons) or where the loader
-finds it. Without them the tests that need them are skipped; the others always run.
+finds it. Without them the tests that need them are skipped; the others always run. More files as distributions ship
+them can be named in ``$IOMMUFD_HOST_QEMU_CONF``.
 """
 
 from __future__ import annotations
@@ -310,14 +311,21 @@ def test_the_lens_reads_a_list_that_ended_with_a_comma(lens: Lens) -> None:
     assert conf.strip(result, DEFAULT) == data
 
 
-@pytest.mark.parametrize("name", ["qemu.conf-9.0.0-debian12", "qemu.conf-12.8.0-sid"])
-def test_shipped_files_differ_only_in_the_inserted_lines(name: str) -> None:
-    path = SHARED / "data" / "qemu-conf" / name
-    if not path.is_file():
-        pytest.skip(f"no {path}")
+def shipped() -> list[pathlib.Path]:
+    """qemu.conf as distributions ship it: those of the recordings, and those named in the environment."""
+    named = [pathlib.Path(path) for path in os.environ.get("IOMMUFD_HOST_QEMU_CONF", "").split(":") if path]
+    return sorted((SHARED / "data" / "qemu-conf").glob("qemu.conf*")) + named
+
+
+@pytest.mark.parametrize("path", shipped() or [None], ids=str)
+def test_shipped_files_differ_only_in_the_inserted_lines(path: pathlib.Path | None) -> None:
+    if path is None:
+        pytest.skip(f"no qemu.conf in {SHARED} and IOMMUFD_HOST_QEMU_CONF")
     data = path.read_bytes()
     default = conf.commented_default(data)
-    assert default == conf.built_in(name.split("-")[1])
+    assert default is not None
+    version = path.name.split("-")[1] if path.name.count("-") else None
+    assert version is None or default == conf.built_in(version)
     result = conf.merge(data, OURS, default)
     before, after = data.splitlines(), result.splitlines()
     at = before.index(b"#]") + 1
@@ -432,3 +440,8 @@ def test_check_notices_an_edit_that_changes_another_setting() -> None:
         conf.check(b'user = "a"\n', b'user = "b"\n', None)
     with pytest.raises(HostError, match="could not be edited safely"):
         conf.check(b'user = "a"\n', b'user = "a"\n', ["/dev/iommu"])
+
+
+def test_other_settings_are_read_as_libvirt_does() -> None:
+    data = b'user = \'+0\'\nmax_files = 7\nsecurity_driver = [ "none", "x" ]\nuser = "late"\n# group = "no"\n'
+    assert conf.settings(data) == {"user": "+0", "max_files": "7", "security_driver": ["none", "x"]}

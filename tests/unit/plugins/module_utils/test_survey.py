@@ -152,7 +152,7 @@ def test_a_machine_with_everything(machine: Machine) -> None:
     assert result["libvirt"]["device_acl"] == ["/dev/null", "/dev/iommu"]
     assert result["security"] == {
         "apparmor": {"enabled": True, "libvirt_allows_iommu": True},
-        "selinux": {"mode": "permissive"},
+        "selinux": {"mode": "permissive", "booleans": {}, "contexts": {}},
     }
     assert result["memlock"] == [
         {"domain": "@kvm", "type": "-", "kib": None, "file": "/etc/security/limits.d/kvm.conf"},
@@ -304,7 +304,7 @@ def test_security_modules(machine: Machine) -> None:
     machine.file("/etc/apparmor.d/abstractions/libvirt-qemu", "  # /dev/iommu rw,\n")
     assert read_security(machine.host) == {
         "apparmor": {"enabled": None, "libvirt_allows_iommu": False},
-        "selinux": {"mode": "enforcing"},
+        "selinux": {"mode": "enforcing", "booleans": {}, "contexts": {}},
     }
 
 

@@ -123,6 +123,16 @@ def test_plan_absent(tmp_path: pathlib.Path) -> None:
     assert unit.plan_absent([state(None)], host).summary() == ["have systemd read its units again"], "a killed run"
 
 
+def test_a_unit_that_is_no_longer_named_loses_its_drop_in_in_the_same_call(tmp_path: pathlib.Path) -> None:
+    host = Host(str(tmp_path))
+    old = state(unit.drop_in_text(state(), WANTED), name="old.service")
+    now = state(unit.drop_in_text(state(), WANTED), DevicePolicy="closed")
+    assert unit.plan_present([now], WANTED, host, [old]).summary() == [
+        "remove /etc/systemd/system/old.service.d/50-iommufd-host.conf",
+        "have systemd read its units again and check the device policy of guest@.service",
+    ]
+
+
 def test_a_file_of_somebody_else_is_refused(tmp_path: pathlib.Path) -> None:
     for plan in (
         lambda s: unit.plan_present(s, WANTED, Host(str(tmp_path))),
@@ -149,11 +159,11 @@ def test_what_is_read_back() -> None:
 
 def test_units_with_a_drop_in_of_ours_are_found(tmp_path: pathlib.Path) -> None:
     for name, text in (("a.service", own_header()), ("b.service", "[Service]\n")):
-        path = tmp_path / unit.drop_in_path(name)[1:]
+        path = tmp_path / f"etc/systemd/system/{name}.d/{unit.DROP_IN}"
         path.parent.mkdir(parents=True)
         path.write_text(text)
     (tmp_path / "etc/systemd/system/c.service.d").mkdir()
-    assert unit.own_drop_ins(Host(str(tmp_path))) == ["a.service"]
+    assert unit.marked_drop_ins(Host(str(tmp_path))) == ["a.service"]
 
 
 def test_a_template_is_asked_about_through_an_instance() -> None:

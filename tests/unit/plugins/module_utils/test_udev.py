@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import pathlib
 import stat
+import struct
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _udev
-from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl, _udev
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import Accounts
 
@@ -211,3 +212,86 @@ def test_the_rule_that_won_is_found_in_both_forms_of_udevadm_test() -> None:
             "GROUP": "/etc/udev/rules.d/90-iommufd-host.rules:4",
             "MODE": "/etc/udev/rules.d/99-zz.rules:1",
         }
+
+
+# -- access lists ------------------------------------------------------------------------------------------------------
+
+ALICE = _udev.Named(_posix_acl.USER, "alice", 1000)
+OPS = _udev.Named(_posix_acl.GROUP, "ops", 50)
+
+
+def listed(mode: int = 0o640) -> _udev.Access:
+    return _udev.Access("me", "mine", mode, ME, MINE, (ALICE, OPS))
+
+
+def with_list(path: pathlib.Path, *entries: tuple[int, int]) -> None:
+    """Give a file an access list as `setfacl -b -m` does."""
+    own = stat.S_IMODE(path.stat().st_mode)
+    rows = [(_posix_acl.USER_OBJ, own >> 6 & 7, 0xFFFFFFFF)]
+    rows += [(tag, 6, number) for tag, number in entries if tag == _posix_acl.USER]
+    rows.append((_posix_acl.GROUP_OBJ, own >> 3 & 7, 0xFFFFFFFF))
+    rows += [(tag, 6, number) for tag, number in entries if tag == _posix_acl.GROUP]
+    rows += [(_posix_acl.MASK, 6, 0xFFFFFFFF), (_posix_acl.OTHER, own & 7, 0xFFFFFFFF)]
+    try:
+        os.setxattr(
+            path, _posix_acl.ATTRIBUTE, struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *row) for row in rows)
+        )
+    except OSError as error:
+        pytest.skip(f"no access lists here: {error}")
+
+
+def test_the_rule_sets_the_list_whenever_a_node_appears() -> None:
+    text = _udev.rules_text({"cdevs": listed()}, False, "/usr/bin/setfacl")
+    assert 'MODE="0640", RUN+="/usr/bin/setfacl -b -m u:alice:rw,g:ops:rw $devnode"' in text
+    assert _udev.listed_kinds(text.encode()) == {"cdevs"}
+    assert _udev.covered_kinds(text.encode()) == {"cdevs"}
+
+
+def test_a_node_with_the_list_is_left_alone_and_one_without_it_is_triggered(tree: pathlib.Path) -> None:
+    write(tree / "usr/bin/setfacl", mode=0o755)
+    wanted = {"cdevs": listed()}
+    text = _udev.rules_text(wanted, False)
+    follow(tree, text, {"vfio/devices/vfio0": 0o640, "vfio/devices/vfio1": 0o640})
+    with_list(tree / "dev/vfio/devices/vfio0", (_posix_acl.USER, 1000), (_posix_acl.GROUP, 50))
+    found = {node.path: node for node in read(tree).nodes}["/dev/vfio/devices/vfio0"]
+    assert found.access.mode == 0o640, "not the mask that stat shows"
+    assert found.has(listed())
+    plan = _udev.plan_present(read(tree), wanted, False, Host(str(tree)))
+    assert plan.summary() == ["have udev apply the rules to /dev/vfio/devices/vfio1"]
+
+
+def test_a_list_that_is_no_longer_wanted_is_taken_away_and_one_of_somebody_else_is_not(tree: pathlib.Path) -> None:
+    node = tree / "dev/vfio/devices/vfio0"
+    follow(tree, _udev.rules_text({"cdevs": listed()}, False), {"vfio/devices/vfio0": 0o640})
+    with_list(node, (_posix_acl.USER, 1000))
+    plan = _udev.plan_present(read(tree), {"cdevs": access(0o640)}, False, Host(str(tree)))
+    reset = plan.steps[0]
+    assert isinstance(reset, _udev.ResetNodes)
+    assert [one.path for one in reset.nodes] == ["/dev/vfio/devices/vfio0"]
+    follow(tree, _udev.rules_text({"cdevs": access(0o640)}, False), {"vfio/devices/vfio1": 0o640})
+    plan = _udev.plan_present(read(tree), {"cdevs": access(0o640)}, False, Host(str(tree)))
+    assert plan.summary() == []
+
+
+def test_reset_takes_the_list_away_and_undo_brings_it_back(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "node"
+    write(path, mode=0o640)
+    with_list(path, (_posix_acl.USER, 1000))
+    before = os.getxattr(path, _posix_acl.ATTRIBUTE)
+    node = _udev.LiveNode("cdevs", str(path), "/nonexistent", listed(), access(0o600), acl=before)
+    step = _udev.ResetNodes.of([node])
+    step.apply()
+    assert _posix_acl.ATTRIBUTE not in os.listxattr(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    step.undo()
+    assert os.getxattr(path, _posix_acl.ATTRIBUTE) == before
+
+
+def test_users_of_the_list_must_exist_and_setfacl_must_be_there(tree: pathlib.Path) -> None:
+    accounts = Accounts(Host(str(tree)))
+    with pytest.raises(OptionError, match=r"^acl_users\[0\]: 'nosuch'"):
+        _udev.resolve_access(accounts, "", "me", "mine", 0o660, ["nosuch"])
+    with pytest.raises(OptionError, match=r"^nodes\[0\]\.acl_groups\[1\]: "):
+        _udev.resolve_access(accounts, "nodes[0].", "me", "mine", 0o660, [], ["kvm", 'a", RUN+="x'])
+    with pytest.raises(HostError, match="package acl"):
+        _udev.plan_present(read(tree), {"cdevs": listed()}, False, Host(str(tree)))

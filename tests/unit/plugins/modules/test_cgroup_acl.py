@@ -56,7 +56,8 @@ def nodes(root: pathlib.Path, entries: list[t.Any], **options: t.Any) -> dict[st
     (root / "etc").mkdir(exist_ok=True)
     (root / "etc/passwd").write_text("root:x:0:0:::\n")
     (root / "etc/group").write_text("root:x:0:\nkvm:x:993:\ngpu:x:994:\n")
-    params = {"nodes": entries, "owner": "root", "group": "kvm", "mode": "0660", "allow_world": False, **options}
+    params = {"nodes": entries, "owner": "root", "group": "kvm", "mode": "0660", "allow_world": False}
+    params.update({"acl_users": [], "acl_groups": [], **options})
     return {kind: access.text for kind, access in udev_access.parse_nodes(Host(str(root)), params).items()}
 
 

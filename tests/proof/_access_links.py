@@ -1,0 +1,176 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""On the lab host, in mode group: break each link between QEMU and the nodes, have the probe name it, see what a guest of
+libvirt says, mend it, and have the probe find the chain whole again. One process: on an emulated host each start counts.
+
+Prints a line for each link and writes the rows to the file named on the command line; fails where a link was not named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils import _access, _apparmor, _memlock, _probe, _udev
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import Accounts
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
+
+ADDRESSES = ["0000:01:00.0", "0000:02:00.0"]
+VFIO = "/sys/bus/pci/drivers/vfio-pci"
+UNLOAD = "modprobe -r vfio-pci vfio-pci-core vfio_iommu_type1 vfio iommufd"
+AMOUNT = _memlock.parse_guests("guests", ["512M"])
+
+
+class Case(t.NamedTuple):
+    """A link: how it is broken and mended (a shell command or a plan), what the probe has to say, and QEMU."""
+
+    name: str
+    link: str
+    says: str
+    break_: str | t.Callable[[Host], Plan]
+    mend: str | t.Callable[[Host], Plan]
+    guest: str | None = None
+
+
+def udev(host: Host) -> Plan:
+    access = _udev.resolve_access(Accounts(host), "", "root", "kvm", 0o660)
+    return _udev.plan_present(
+        _udev.read_state(host, _udev.DEFAULT_PATH), {"iommu": access, "cdevs": access}, True, host
+    )
+
+
+def acl(present: bool) -> t.Callable[[Host], Plan]:
+    def plan(host: Host) -> Plan:
+        state = _access.read_libvirt(host, _access.DEFAULT_PATH)
+        devices = ["/dev/iommu", *(_udev.cdev_link(address) for address in ADDRESSES)]
+        return _access.plan_present(state, devices, True) if present else _access.plan_absent(state, True)
+
+    return plan
+
+
+def apparmor(present: bool) -> t.Callable[[Host], Plan]:
+    def plan(host: Host) -> Plan:
+        state = _apparmor.read_state(host)
+        return _apparmor.plan_present(state, ["iommu", "cdevs"], host) if present else _apparmor.plan_absent(state)
+
+    return plan
+
+
+def memlock(present: bool) -> t.Callable[[Host], Plan]:
+    def plan(host: Host) -> Plan:
+        units = _memlock.installed_daemons(host) if present else []
+        state = _memlock.read_state(host, units)
+        return _memlock.plan(state, AMOUNT if present else None, units, [], True, host)
+
+    return plan
+
+
+UNBIND = "; ".join(f"echo {address} >{VFIO}/unbind" for address in ADDRESSES)
+BIND = "modprobe iommufd; modprobe vfio-pci; " + "; ".join(
+    f"[ -e {VFIO}/{address} ] || echo {address} >/sys/bus/pci/drivers_probe" for address in ADDRESSES
+)
+
+CASES = [
+    Case(
+        "group membership",
+        "dac",
+        "neither its owner nor in kvm",
+        "usermod -g libvirt-qemu libvirt-qemu",
+        "usermod -g kvm libvirt-qemu",
+    ),
+    Case("mode of the node", "dac", "root:kvm 0600", "chmod 0600 /dev/iommu", udev, "Permission denied"),
+    Case("mode of a cdev", "dac", "devices/vfio[01]: root:kvm 0600", "chmod 0600 /dev/vfio/devices/vfio0", udev),
+    Case(
+        "access list",
+        "acl",
+        "entry for the user libvirt-qemu",
+        "setfacl -m u:libvirt-qemu:--- /dev/iommu",
+        "setfacl -b /dev/iommu",
+    ),
+    Case(
+        "libvirt's device list",
+        "cgroup",
+        "cgroup_device_acl does not list /dev/iommu",
+        acl(False),
+        acl(True),
+        "No such file|Operation not permitted",
+    ),
+    Case(
+        "AppArmor",
+        "lsm",
+        "profile of libvirt's guests forbids /dev/iommu",
+        apparmor(False),
+        apparmor(True),
+        "Permission denied",
+    ),
+    Case(
+        "limit on pinned memory", "memlock", "may pin 64 MiB", memlock(False), memlock(True), "Cannot allocate memory"
+    ),
+    Case(
+        "device on no vfio driver",
+        "exists",
+        "0000:02:00.0 has no vfio character device: it is bound to no driver",
+        f"echo 0000:02:00.0 >{VFIO}/unbind",
+        BIND,
+    ),
+    Case("module not loaded", "exists", "the module iommufd is not loaded", f"{UNBIND}; {UNLOAD}", BIND),
+]
+
+
+def change(host: Host, how: str | t.Callable[[Host], Plan]) -> None:
+    if isinstance(how, str):
+        subprocess.run(["bash", "-c", how], check=True)
+        subprocess.run(["udevadm", "settle"], check=True)
+    else:
+        plan = how(host)
+        assert plan.changed, "there was something to do"
+        plan.apply()
+
+
+def probe(host: Host) -> dict[str, t.Any]:
+    libvirt = _access.read_libvirt(host, _access.DEFAULT_PATH)
+    place = _probe.libvirt_place(host, libvirt, False, None, None)
+    return _probe.probe(host, place, _probe.find_targets(host, ADDRESSES), 1 << 30, 300)
+
+
+def main() -> int:
+    host = Host()
+    wanted = sys.argv[2:]
+    rows = []
+    for case in CASES:
+        if wanted and case.name not in wanted:
+            continue
+        change(host, case.break_)
+        broken = probe(host)["broken"] or {"link": None, "detail": "nothing is broken"}
+        said = ""
+        if case.guest is not None:
+            guest = subprocess.run(
+                ["/var/tmp/proof/_access_guest.sh", "libvirt"], capture_output=True, text=True, check=False
+            )
+            said = guest.stderr.strip() if guest.returncode else "the guest started"
+        change(host, case.mend)
+        mended = probe(host)
+        good = (
+            broken["link"] == case.link
+            and re.search(case.says, broken["detail"]) is not None
+            and (case.guest is None or re.search(case.guest, said) is not None)
+            and mended["ok"]
+        )
+        rows.append({"name": case.name, "good": good, "broken": broken, "guest": said, "mended": mended["broken"]})
+        print(
+            f"{'ok' if good else 'NOT OK'}: {case.name}: {broken['link']}: {broken['detail']} | {said[-300:]}",
+            flush=True,
+        )
+        with open(sys.argv[1], "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+    return 0 if all(row["good"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
