@@ -59,7 +59,7 @@ attributes:
     platforms: posix
     support: full
   action:
-    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    description: Indicates this has a corresponding action plugin, so that it can be executed on the controller.
     support: full
 seealso:
   - module: iommufd.host.iommufd_info

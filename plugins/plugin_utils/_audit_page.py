@@ -4,14 +4,14 @@
 
 """The report of an audit as one HTML file that needs nothing else: no network, no server, no framework.
 
-The matrix of hosts and checks is written as HTML here, so it is there at once, also without JavaScript. What a host's own
-section needs is embedded as JSON, one script element per host, and drawn by ``page/page.js`` when somebody opens it:
-that is what keeps a fleet of hundreds of hosts usable. Strings repeat from host to host, so they are kept once, in one
-list, and rows of numbers point into it.
+The matrix of hosts and checks is written as HTML here, so it is there at once, also without JavaScript. What a host's
+own section needs is embedded as compressed JSON, and drawn by ``page/page.js`` when somebody opens it: that is what
+keeps a fleet of hundreds of hosts usable. Strings repeat from host to host, so they are kept once, in one list, and
+rows of numbers point into it.
 
-Everything that came from a host is hostile until shown otherwise. In the HTML it is escaped; in the JSON every character
-that means something to an HTML parser is written as an escape; the script makes text nodes only; and the page's policy
-(Content-Security-Policy) names the hashes of its own style and script, so nothing else would run.
+Everything that came from a host is hostile until shown otherwise. In the HTML it is escaped; the JSON is embedded in
+base64; the script makes text nodes only; and the page's policy (Content-Security-Policy) names the hashes of its own
+style and script, so nothing else would run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import math
 import pathlib
 import typing as t
 import urllib.parse
+import zlib
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import (
     FAILED,
@@ -40,8 +41,18 @@ from ansible_collections.iommufd.host.plugins.plugin_utils._pci_names import cla
 _ASSETS = pathlib.Path(__file__).with_name("page")
 
 # Shape and words beside the colour, for those who do not see the colour.
-_VERDICTS = {READY: ("✓", "Ready"), NOT_READY: ("✕", "Not ready"), FAILED: ("!", "Failed"), UNREACHABLE: ("?", "Unreachable")}
-_MARKS = {"ok": ("✓", "ok"), "warn": ("!", "warn"), "fail": ("✕", "fail"), "skip": ("–", "skip")}
+_VERDICTS = {
+    READY: ("✓", "Ready"),
+    NOT_READY: ("✕", "Not ready"),
+    FAILED: ("!", "Failed"),
+    UNREACHABLE: ("?", "Unreachable"),
+}
+_MARKS = {
+    "ok": "in order",
+    "warn": "works, with a flaw",
+    "fail": "fails: no guest",
+    "skip": "not known, or does not apply",
+}
 
 # What a row says of a function; page.js is told the names.
 _FUNCTION = (
@@ -63,6 +74,7 @@ _FUNCTION = (
 
 # States of a function.
 _VFIO, _USED, _FREE, _BRIDGE, _UNKNOWN = "vfio", "used", "free", "bridge", "unknown"
+_COUNTED = (_VFIO, _FREE, _USED)
 
 # Base classes of the functions that make up the machine itself: memory controllers, bridges, system peripherals, signal
 # processing (a processor's performance counters). They are drawn, but folded.
@@ -94,15 +106,13 @@ def to_page(report: Report, title: str = "IOMMUFD audit") -> t.Iterator[str]:
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
         f"<title>{_escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
     )
-    yield _top(report, title)
-    yield _matrix(hosts, columns, [one.states for one in data])
+    totals = {state: sum(one["states"][state] for one in data) for state in _COUNTED}
+    yield _top(report, title, totals)
+    yield _matrix(hosts, columns, [one["states"] for one in data])
     yield '<section id="host" hidden aria-live="polite"></section>\n</main>\n'
     yield _bottom(report)
-    for index, one in enumerate(data):
-        yield f'<script type="application/json" id="h{index}">{_embed(one.facts)}</script>\n'
-        yield f'<script type="application/json" id="d{index}">{_embed(one.functions)}</script>\n'
-    shared = {"strings": strings.all, "function": _FUNCTION, "marks": _MARKS}
-    yield f'<script type="application/json" id="shared">{_embed(shared)}</script>\n'
+    shared = {"strings": strings.all, "function": _FUNCTION, "marks": list(_MARKS)}
+    yield f'<script type="application/octet-stream" id="data">{_pack([shared, *data])}</script>\n'
     yield f"<script>{script}</script>\n</body>\n</html>\n"
 
 
@@ -114,12 +124,12 @@ def _escape(value: object) -> str:
     return html.escape(one_line(value))
 
 
-# Beside what would end the element (</script>, <!--), the line separators that older scripts stumble over.
-_HTML = str.maketrans({one: f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"})
-
-
-def _embed(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).translate(_HTML)
+def _pack(values: t.Iterable[object]) -> str:
+    """JSON, one value a line, compressed, in an alphabet that means nothing to an HTML parser."""
+    packer, packed = zlib.compressobj(), []
+    for value in values:
+        packed.append(packer.compress(json.dumps(value, separators=(",", ":")).encode() + b"\n"))
+    return base64.b64encode(b"".join([*packed, packer.flush()])).decode()
 
 
 # -- the data behind the hosts' sections -------------------------------------------------------------------------------
@@ -131,41 +141,38 @@ class _Strings:
     def __init__(self) -> None:
         self.all: list[str] = []
         self._places: dict[str, int] = {}
+        self._seen: dict[str, int] = {}  # as it came, so that a string is cleaned once only
 
     def place(self, value: object) -> int:
         if value is None:
             return -1
-        text = one_line(value)
-        if text not in self._places:
-            self._places[text] = len(self.all)
-            self.all.append(text)
-        return self._places[text]
+        given = str(value)
+        if given not in self._seen:
+            text = one_line(given)
+            if text not in self._places:
+                self._places[text] = len(self.all)
+                self.all.append(text)
+            self._seen[given] = self._places[text]
+        return self._seen[given]
 
 
-class _HostData(t.NamedTuple):
-    facts: dict[str, t.Any]
-    functions: list[list[t.Any]]
-    states: dict[str, int]
-
-
-def _host_data(host: t.Mapping[str, t.Any], strings: _Strings) -> _HostData:
+def _host_data(host: t.Mapping[str, t.Any], strings: _Strings) -> dict[str, t.Any]:
     survey = mapping(host["survey"])
-    functions, states = [], dict.fromkeys((_VFIO, _FREE, _USED), 0)
+    functions, states = [], dict.fromkeys(_COUNTED, 0)
     for device in rows(survey.get("devices")):
         state, platform = _state(device), _is_platform(device)
         if state in states and not platform:
             states[state] += 1
         functions.append(_function(device, state, platform, strings))
     place = strings.place
-    facts = {
+    return {
         "reason": place(host["reason"]),
+        "states": states,
+        "functions": functions,
         "checks": [[place(check.get(key)) for key in ("id", "status", "detail", "remedy")] for check in host["checks"]],
         "groups": [_group(group, strings) for group in rows(survey.get("groups"))],
-        "facts": {
-            one_line(key): _clean(value) for key, value in survey.items() if key not in ("devices", "groups")
-        },
+        "facts": {one_line(key): _clean(value) for key, value in survey.items() if key not in ("devices", "groups")},
     }
-    return _HostData(facts, functions, states)
 
 
 def _clean(value: object) -> t.Any:
@@ -228,7 +235,9 @@ def _function(device: t.Mapping[str, t.Any], state: str, platform: bool, strings
         "vfs": place(f"{sriov.get('num_vfs') or 0} of {sriov['total_vfs']}" if sriov.get("total_vfs") else None),
         "physfn": place(sriov.get("physfn")),
         "resets": place(" ".join(map(str, resets)) or None if isinstance(resets, (list, tuple)) else None),
-        "uses": [place(f"{use.get('kind')}: {use.get('detail') or use.get('name')}") for use in rows(device.get("in_use"))],
+        "uses": [
+            place(f"{use.get('kind')}: {use.get('detail') or use.get('name')}") for use in rows(device.get("in_use"))
+        ],
     }
     return [row[name] for name in _FUNCTION]
 
@@ -248,25 +257,22 @@ def _columns(hosts: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, list[str]]:
     return columns
 
 
-def _top(report: Report, title: str) -> str:
+def _top(report: Report, title: str, functions: t.Mapping[str, int]) -> str:
     counts = report["summary"]
     version = report["collection_version"]
-    total = max(1, counts["hosts"])
-    tiles = [f'<button type="button" class="tile" data-status="" aria-pressed="true"><b>{counts["hosts"]}</b> Hosts</button>']
-    bar, done = [], 0.0
+    tiles = [
+        f'<button type="button" class="tile" data-status="" aria-pressed="true"><b>{counts["hosts"]}</b> Hosts</button>'
+    ]
     for status in reversed(STATUSES):
         mark, word = _VERDICTS[status]
         tiles.append(
             f'<button type="button" class="tile {status}" data-status="{status}" aria-pressed="false">'
             f'<b>{counts[status]}</b> <span aria-hidden="true">{mark}</span> {word}</button>'
         )
-        share = 100 * counts[status] / total
-        bar.append(f'<rect class="{status}" x="{done:.3f}%" y="0" width="{share:.3f}%" height="100%"/>')
-        done += share
     ranked = most_frequent(report)[:6]
     frequent = "".join(
         f'<li><button type="button" data-filter="fail:{_escape(name)}"><code>{_escape(name)}</code>'
-        f'<svg aria-hidden="true"><rect width="{100 * count / total:.2f}%" height="100%"/></svg>'
+        f'<svg aria-hidden="true"><rect width="{100 * count / counts["hosts"]:.2f}%" height="100%"/></svg>'
         f"<span>{count} host{'' if count == 1 else 's'}</span></button></li>"
         for name, count in ranked
     )
@@ -274,24 +280,23 @@ def _top(report: Report, title: str) -> str:
         f'<header class="top"><div><h1>{_escape(title)}</h1><p>Surveyed {_time(report["generated"])}'
         f"{f' · iommufd.host {_escape(version)}' if version else ''}</p></div>"
         '<div class="tools"><a href="report.json">report.json</a><a href="junit.xml">junit.xml</a>'
-        '<button type="button" id="theme" aria-label="Light or dark">◐</button></div></header>\n<main>\n'
+        '<button type="button" id="theme" aria-label="Light or dark">◐</button></div></header>\n'
+        '<main aria-busy="true">\n'
         '<section id="fleet" aria-label="Fleet">\n<div class="overview"><div class="verdicts">'
         f'<div class="tiles" role="group" aria-label="Show hosts by verdict">{"".join(tiles)}</div>'
-        f'<svg class="bar" role="img" aria-label="Share of each verdict">{"".join(bar)}</svg></div>'
+        '<div class="shares"><span>Hosts</span>'
+        f"{_bar('bar', {status: counts[status] for status in reversed(STATUSES)}, 'Hosts by verdict')}"
+        f"<span>{counts[READY]} of {counts['hosts']} ready</span><span>Functions</span>"
+        f"{_bar('bar', functions, _states_words(functions))}<span>{_states_words(functions)}</span></div></div>"
         + (f'<div class="frequent"><h2>Fails most often</h2><ol>{frequent}</ol></div>' if frequent else "")
         + "</div>\n"
         '<form class="filter" role="search"><label for="filter">Filter</label>'
         '<input id="filter" type="search" autocomplete="off" spellcheck="false" '
         'placeholder="host name, check, fail:kernel.iommufd, vendor:device, driver, address …">'
         '<output id="shown" for="filter"></output><ul class="legend" aria-label="Legend">'
-        + "".join(
-            f'<li><span class="mark {status}" aria-hidden="true">{mark}</span>{words}</li>'
-            for (status, (mark, _word)), words in zip(
-                _MARKS.items(), ("in order", "works, with a flaw", "fails: no guest", "not known, or does not apply")
-            )
-        )
+        + "".join(f'<li><span class="mark {status}">{status}</span>{words}</li>' for status, words in _MARKS.items())
         + "</ul></form>\n"
-        "<noscript><p>The hosts' own sections and the filter need JavaScript; report.json has everything.</p></noscript>\n"
+        "<noscript><p>The hosts' sections and the filter need JavaScript. All data is in report.json.</p></noscript>\n"
     )
 
 
@@ -317,15 +322,16 @@ def _matrix(
         for position, name in enumerate(members)
     )
     firsts = {members[0] for members in columns.values()}
-    body = "".join(
-        _row(index, name, host, names, firsts, states[index]) for index, (name, host) in enumerate(hosts)
-    )
+    body = "".join(_row(index, name, host, names, firsts, states[index]) for index, (name, host) in enumerate(hosts))
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Hosts and checks"><table id="matrix">\n'
-        '<caption class="sr">Hosts and readiness checks</caption>\n<thead>'
+        '<caption class="sr">Hosts and readiness checks</caption>\n'
+        f'<colgroup><col class="c-host"><col class="c-verdict"><col class="c-functions">{"<col>" * len(names)}</colgroup>'
+        "<thead>"
         '<tr><th scope="col" rowspan="2" class="name"><button type="button">Host</button></th>'
         '<th scope="col" rowspan="2"><button type="button">Verdict</button></th>'
-        f'<th scope="col" rowspan="2" title="PCI functions other than those of the platform itself">Functions</th>{head}</tr>'
+        '<th scope="col" rowspan="2" title="PCI functions other than those of the platform itself">Functions</th>'
+        f"{head}</tr>"
         f"<tr>{ids}</tr></thead>\n<tbody>{body}</tbody></table></div>\n</section>\n"
     )
 
@@ -351,8 +357,9 @@ def _row(
     start = (
         f'\n<tr data-index="{index}" data-status="{status}"><th scope="row" class="name">'
         f'<a href="#host/{urllib.parse.quote(printable(name), safe="")}">{_escape(name)}</a>'
-        f'{f"<small>{below}</small>" if below else ""}</th>'
-        f'<td title="{_escape(host["reason"] or "")}"><span class="verdict {status}"><span aria-hidden="true">{mark}</span> {word}</span></td>'
+        f"{f'<small>{below}</small>' if below else ''}</th>"
+        f'<td title="{_escape(host["reason"] or "")}">'
+        f'<span class="verdict {status}"><span aria-hidden="true">{mark}</span> {word}</span></td>'
     )
     if host["survey"] is None:
         return f'{start}<td class="reason" colspan="{len(columns) + 1}">{_escape(host["reason"])}</td></tr>'
@@ -362,29 +369,36 @@ def _row(
         if check is None:
             cells.append(f"<td{_first(column in firsts)}></td>")
             continue
-        found = str(check.get("status"))
-        mark, word = _MARKS.get(found, ("?", _escape(found)))
+        found = one_line(check.get("status"))
         kind = found if found in _MARKS else "other"
-        label = word if kind in ("fail", "warn", "other") else f'<span class="sr">{word}</span>'
-        cells.append(
-            f'<td{_first(column in firsts)} title="{_escape(check.get("detail") or "")}">'
-            f'<span class="mark {kind}"><span aria-hidden="true">{mark}</span> {label}</span></td>'
-        )
-    return f"{start}<td>{_meter(states)}</td>{''.join(cells)}</tr>"
+        cells.append(f'<td{_first(column in firsts)}><span class="mark {kind}">{html.escape(found)}</span></td>')
+    words = _states_words(states)
+    return f'{start}<td title="{words}">{_meter(states)}</td>{"".join(cells)}</tr>'
 
 
 def _meter(states: t.Mapping[str, int]) -> str:
-    """A bar of the functions that are on vfio, free and in use, with the figures beside it."""
+    """A bar of the functions that are on vfio, free and in use, and how many there are."""
     total = sum(states.values())
     if not total:
-        return '<span class="none">–</span>'
-    words = f"{states[_VFIO]} on vfio, {states[_FREE]} free, {states[_USED]} in use"
-    parts, done = [], 0.0
-    for state, count in states.items():
-        share = 100 * count / total
-        parts.append(f'<rect class="{state}" x="{done:.2f}%" width="{share:.2f}%" height="100%"/>')
-        done += share
-    return f'<svg class="meter" role="img" aria-label="{words}"><title>{words}</title>{"".join(parts)}</svg>{total}'
+        return '<span class="none">none</span>'
+    return f"{_bar('meter', states, _states_words(states))}{total}"
+
+
+def _states_words(states: t.Mapping[str, int]) -> str:
+    return f"{states[_VFIO]} on vfio, {states[_FREE]} free, {states[_USED]} in use"
+
+
+def _bar(kind: str, parts: t.Mapping[str, int], label: str) -> str:
+    """A bar of parts, each as wide as its share and coloured by its name."""
+    total, done, drawn = sum(parts.values()) or 1, 0, []
+    for name, count in parts.items():
+        if not count:
+            continue
+        drawn.append(
+            f'<rect class="{name}" x="{100 * done / total:.2f}%" width="{100 * count / total:.2f}%" height="100%"/>'
+        )
+        done += count
+    return f'<svg class="{kind}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 
 def _bottom(report: Report) -> str:

@@ -17,8 +17,8 @@ written as it is to report.json::
         checks          list of {id, status, detail, remedy}; empty for a host that could not be surveyed
         survey          what iommufd_info returned beside the checks; null for a host that could not be surveyed
 
-Nothing in ``checks`` and ``survey`` is taken for granted: a captured tree may lack any part, and a later survey may have
-more parts than this file knows.
+Nothing in ``checks`` and ``survey`` is taken for granted: a captured tree may lack any part, and a later survey may
+have more parts than this file knows.
 """
 
 from __future__ import annotations

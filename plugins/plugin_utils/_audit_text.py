@@ -13,9 +13,9 @@ import unicodedata
 def printable(value: object) -> str:
     """A value as text that a terminal, a web page and an XML document can all carry.
 
-    Line ends and tabs stay; every kind of space becomes a plain one; what has no shape of its own becomes U+FFFD: control
-    characters (they drive terminals and are illegal in XML), bidirectional overrides (they turn text around), lone
-    surrogates (they cannot be encoded).
+    Line ends and tabs stay; every kind of space becomes a plain one; what has no shape of its own becomes U+FFFD:
+    control characters (they drive terminals and are illegal in XML), bidirectional overrides (they turn text around),
+    lone surrogates (they cannot be encoded).
     """
     text = value if isinstance(value, str) else str(value)
     return text if text.isprintable() else "".join(map(_shown, text))

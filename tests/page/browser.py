@@ -60,10 +60,10 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="page-")
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
+        flags = (*_FLAGS, f"--user-data-dir={self._profile}")
         # The browser reads its commands from descriptor 3 and answers on 4.
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', binary, *_FLAGS]
-            + [f"--user-data-dir={self._profile}", "about:blank"],
+            ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', binary, *flags, "about:blank"],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -144,16 +144,22 @@ class Browser:
     # -- what tests want -------------------------------------------------------------------------------------------
 
     def open(self, path: pathlib.Path, fragment: str = "") -> float:
-        """Open a file, and return the seconds until it had loaded and been painted with all scripts run."""
-        self.send("Page.navigate", url="about:blank")
+        """Open a file, and return the seconds until it had loaded, was no longer busy, and had been painted."""
+        self._load("about:blank")
         self.problems.clear()
         self.requests.clear()
-        self._events.clear()
         started = time.perf_counter()
-        self.send("Page.navigate", url=path.resolve().as_uri() + fragment)
-        self._until(lambda: "Page.loadEventFired" in self._events, f"loading {path.name}")
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self._load(path.resolve().as_uri() + fragment)
+        self.run(
+            "new Promise(done => { const look = () => document.querySelector('main[aria-busy]')"
+            " ? setTimeout(look, 5) : requestAnimationFrame(() => requestAnimationFrame(done)); look() })"
+        )
         return time.perf_counter() - started
+
+    def _load(self, url: str) -> None:
+        self._events.clear()
+        self.send("Page.navigate", url=url)
+        self._until(lambda: "Page.loadEventFired" in self._events, f"loading {url}")
 
     def run(self, script: str) -> t.Any:
         """The value of an expression; a promise is awaited."""

@@ -5,9 +5,16 @@
 // The matrix is there already, as HTML. This filters and sorts it, and draws a host's section when its address
 // (#host/NAME, or #host/NAME/CHECK) is opened. What hosts supplied only ever becomes text nodes and attribute values.
 "use strict";
-(() => {
-  const embedded = (id) => JSON.parse(document.getElementById(id).textContent);
-  const shared = embedded("shared");
+(async () => {
+  /** The embedded data: JSON, one value a line, compressed. A line is parsed when it is needed. */
+  async function unpack(base64) {
+    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return (await new Response(plain).text()).split("\n");
+  }
+
+  const [head, ...hosts] = await unpack(document.getElementById("data").textContent);
+  const shared = JSON.parse(head);
   const text = (place) => (place < 0 ? null : shared.strings[place]);
   const FIELD = Object.fromEntries(shared.function.map((name, index) => [name, index]));
   const field = (row, name) => text(row[FIELD[name]]);
@@ -49,12 +56,13 @@
     if (entry.text === null) {
       const words = [entry.name, `status:${entry.status}`, entry.row.querySelector(".verdict").textContent];
       for (const small of entry.row.querySelectorAll("small, .reason")) words.push(small.textContent);
-      for (const check of embedded(`h${entry.index}`).checks) {
+      const data = JSON.parse(hosts[entry.index]);
+      for (const check of data.checks) {
         const status = text(check[1]);
         words.push(`${status}:${text(check[0])}`);
         if (status === "fail" || status === "warn") words.push(text(check[2]));
       }
-      for (const row of embedded(`d${entry.index}`)) {
+      for (const row of data.functions) {
         for (const name of ["address", "identity", "vendor", "class", "driver", "cdev"]) words.push(field(row, name));
         for (const use of row[FIELD.uses]) words.push(text(use));
       }
@@ -144,6 +152,15 @@
     location.hash = check === undefined ? hash : `${hash}/${encodeURIComponent(check)}`;
   });
 
+  // What a check found, as a tooltip; made when somebody points at it, for most are never looked at.
+  body.addEventListener("mouseover", (event) => {
+    const cell = event.target.closest("td");
+    const check = cell && cell.querySelector(".mark") && checks[cell.cellIndex - FIRST_CHECK];
+    if (!check || cell.title) return;
+    const found = JSON.parse(hosts[cell.parentNode.dataset.index]).checks.find((one) => text(one[0]) === check);
+    if (found) cell.title = `${check}: ${text(found[2]) || ""}`;
+  });
+
   // -- one host ---------------------------------------------------------------------------------------------------------
 
   const STATES = { vfio: "on vfio", free: "free", used: "in use", bridge: "bridge", unknown: "use not known" };
@@ -159,10 +176,9 @@
     return make("ul", { class: "checks" }, list.map(([id, status, detail, remedy]) => {
       const name = text(id) || "?";
       const state = text(status) || "?";
-      const [mark, word] = shared.marks[state] || ["?", state];
-      const kind = shared.marks[state] ? state : "other";
+      const kind = shared.marks.includes(state) ? state : "other";
       return make("li", { class: name === chosen ? `${kind} target` : kind },
-        make("span", { class: `mark ${kind}` }, `${mark} ${word}`),
+        make("span", { class: `mark ${kind}` }, state),
         make("code", {}, name),
         make("div", {},
           make("p", {}, ...withCode(text(detail) || "")),
@@ -266,6 +282,7 @@
   // -- facts: whatever the survey has, also what this script has never heard of --------------------------------------
 
   const isPlain = (value) => value === null || typeof value !== "object";
+  const isShort = (value) => isPlain(value) || (Array.isArray(value) && value.every(isPlain));
   const nice = (key) => key.replaceAll("_", " ");
 
   function plain(value) {
@@ -284,8 +301,9 @@
     }
     const entries = Object.entries(value);
     if (!entries.length) return make("span", { class: "none" }, "none");
-    if (depth > 0 && entries.every(([, one]) => isPlain(one))) {
-      return make("span", { class: "inline" }, entries.map(([key, one]) => make("span", {}, `${key}=`, plain(one))));
+    if (depth > 0 && entries.every(([, one]) => isShort(one))) {
+      const known = entries.filter(([, one]) => one !== null && String(one) !== "");
+      return make("span", { class: "inline" }, known.map(([key, one]) => make("span", {}, `${key}=${one}`)));
     }
     return make("dl", {}, entries.flatMap(([key, one]) => [make("dt", {}, nice(key)), make("dd", {}, facts(one, depth + 1))]));
   }
@@ -303,14 +321,14 @@
       make("section", { class: "card" }, make("h2", {}, TITLES[key] || nice(key)), facts(value, 0))));
   }
 
-  function rawData(data, functions) {
-    const named = functions.map((row) => Object.fromEntries(shared.function.map((name) =>
+  function rawData(data) {
+    const named = data.functions.map((row) => Object.fromEntries(shared.function.map((name) =>
       [name, name === "uses" ? row[FIELD.uses].map(text) : name === "platform" ? Boolean(row[FIELD.platform]) : field(row, name)])));
     const pre = make("pre", { tabindex: "0" });
     const fold = make("details", { class: "card" }, make("summary", {}, "Data of this page as JSON"), pre,
       make("p", {}, "The whole survey of the host is in ", make("a", { href: "report.json" }, "report.json"), "."));
     fold.addEventListener("toggle", () => {
-      pre.textContent ||= JSON.stringify({ ...data.facts, functions: named }, null, 2);
+      pre.textContent ||= JSON.stringify({ functions: named, ...data.facts }, null, 2);
     });
     return fold;
   }
@@ -324,8 +342,8 @@
   }
 
   function draw(entry, chosen) {
-    const data = embedded(`h${entry.index}`);
-    const functions = embedded(`d${entry.index}`);
+    const data = JSON.parse(hosts[entry.index]);
+    const functions = data.functions;
     const head = make("div", { class: "head" },
       make("h2", { tabindex: "-1" }, entry.name), entry.row.querySelector(".verdict").cloneNode(true));
     const below = entry.row.querySelector("small");
@@ -343,7 +361,7 @@
         make("section", { class: "card" }, make("h2", {}, "Checks"), checkList(data.checks, chosen)),
         make("section", { class: "card", id: "groups" }, make("h2", {}, "IOMMU groups"),
           functions.length ? groupMap(functions, data.groups) : make("p", { class: "none" }, "No PCI functions are known.")),
-        factCards(data.facts), rawData(data, functions));
+        factCards(data.facts), rawData(data));
     }
     view.replaceChildren(...parts);
     const target = view.querySelector("li.target");
@@ -384,4 +402,5 @@
 
   apply();
   route();
+  document.querySelector("main").removeAttribute("aria-busy");
 })();
