@@ -32,7 +32,7 @@ def to_junit(report: Report) -> str:
 
 def _suite(name: str, host: t.Mapping[str, t.Any], generated: str) -> ElementTree.Element:
     checks: list[t.Mapping[str, t.Any]] = host["checks"]
-    statuses = [check.get("status") for check in checks]
+    statuses = [check["status"] for check in checks]
     not_shown = host["survey"] is None or (host["status"] == NOT_READY and "fail" not in statuses)
     suite = ElementTree.Element(
         "testsuite",
@@ -55,8 +55,8 @@ def _suite(name: str, host: t.Mapping[str, t.Any], generated: str) -> ElementTre
 
 
 def _case(suite: ElementTree.Element, host: str, check: t.Mapping[str, t.Any]) -> None:
-    case = ElementTree.SubElement(suite, "testcase", classname=host, name=printable(check.get("id")), time="0")
-    status, detail, remedy = check.get("status"), printable(check.get("detail") or ""), check.get("remedy")
+    case = ElementTree.SubElement(suite, "testcase", classname=host, name=printable(check["id"]), time="0")
+    status, detail, remedy = check["status"], printable(check["detail"] or ""), check["remedy"]
     words = f"{detail}\nRemedy: {printable(remedy)}" if remedy else detail
     if status == "fail":
         ElementTree.SubElement(case, "failure", message=detail, type="check").text = words

@@ -169,7 +169,7 @@ def _host_data(host: t.Mapping[str, t.Any], strings: _Strings) -> dict[str, t.An
         "reason": place(host["reason"]),
         "states": states,
         "functions": functions,
-        "checks": [[place(check.get(key)) for key in ("id", "status", "detail", "remedy")] for check in host["checks"]],
+        "checks": [[place(check[key]) for key in ("id", "status", "detail", "remedy")] for check in host["checks"]],
         "groups": [_group(group, strings) for group in rows(survey.get("groups"))],
         "facts": {one_line(key): _clean(value) for key, value in survey.items() if key not in ("devices", "groups")},
     }
@@ -250,7 +250,7 @@ def _columns(hosts: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, list[str]]:
     columns: dict[str, list[str]] = {}
     for host in hosts:
         for check in host["checks"]:
-            name = one_line(check.get("id"))
+            name = one_line(check["id"])
             prefix = columns.setdefault(name.partition(".")[0], [])
             if name not in prefix:
                 prefix.append(name)
@@ -353,7 +353,7 @@ def _row(
     survey = mapping(host["survey"])
     system = mapping(survey.get("distribution")).get("name"), mapping(survey.get("kernel")).get("release")
     below = " · ".join(_escape(one) for one in system if one)
-    checks = {one_line(check.get("id")): check for check in host["checks"]}
+    checks = {one_line(check["id"]): check for check in host["checks"]}
     start = (
         f'\n<tr data-index="{index}" data-status="{status}"><th scope="row" class="name">'
         f'<a href="#host/{urllib.parse.quote(printable(name), safe="")}">{_escape(name)}</a>'
@@ -369,7 +369,7 @@ def _row(
         if check is None:
             cells.append(f"<td{_first(column in firsts)}></td>")
             continue
-        found = one_line(check.get("status"))
+        found = one_line(check["status"])
         kind = found if found in _MARKS else "other"
         cells.append(f'<td{_first(column in firsts)}><span class="mark {kind}">{html.escape(found)}</span></td>')
     words = _states_words(states)

@@ -14,7 +14,7 @@ written as it is to report.json::
     hosts               by name, in the order of the inventory:
         status          ready, not_ready, failed (the survey failed) or unreachable
         reason          why it is not ready, in one sentence; null for a host that is
-        checks          list of {id, status, detail, remedy}; empty for a host that could not be surveyed
+        checks          list of {id, status, detail, remedy}, the first two always strings; empty for a host that could not be surveyed
         survey          what iommufd_info returned beside the checks; null for a host that could not be surveyed
 
 Nothing in ``checks`` and ``survey`` is taken for granted: a captured tree may lack any part, and a later survey may
@@ -78,10 +78,16 @@ def _host(result: object) -> dict[str, t.Any]:
         return _lost(FAILED, known, "It was not surveyed: the play ended before.")
     if "checks" not in known:
         return _lost(FAILED, known, "The survey returned no checks.")
-    checks = rows(known["checks"])
+    checks = [_check(check) for check in rows(known["checks"])]
     status, reason = judge(checks)
     survey = {key: value for key, value in known.items() if key not in _OF_THE_CALL}
     return {"status": status, "reason": reason, "checks": checks, "survey": survey}
+
+
+def _check(check: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    named = {key: str(check.get(key) or "unknown") for key in ("id", "status")}
+    said = {key: None if check.get(key) is None else str(check[key]) for key in ("detail", "remedy")}
+    return {**check, **named, **said}
 
 
 def _lost(status: str, result: t.Mapping[str, t.Any], otherwise: str) -> dict[str, t.Any]:
@@ -98,7 +104,7 @@ def judge(checks: t.Sequence[t.Mapping[str, t.Any]]) -> tuple[str, str | None]:
     failing = failing_ids(checks)
     if failing:
         return NOT_READY, f"{'This check fails' if len(failing) == 1 else 'These checks fail'}: {', '.join(failing)}."
-    told = {check.get("id") for check in checks if check.get("status") in ("ok", "warn")}
+    told = {check["id"] for check in checks if check["status"] in ("ok", "warn")}
     untold = [name for name in ESSENTIAL if name not in told]
     if untold:
         return NOT_READY, f"Nothing that was seen is wrong, but this could not be told: {', '.join(untold)}."
@@ -107,7 +113,7 @@ def judge(checks: t.Sequence[t.Mapping[str, t.Any]]) -> tuple[str, str | None]:
 
 def failing_ids(checks: t.Iterable[t.Mapping[str, t.Any]]) -> list[str]:
     """The ids of the checks that fail, in the order in which one would mend them."""
-    return [one_line(check.get("id")) for check in checks if check.get("status") == "fail"]
+    return [one_line(check["id"]) for check in checks if check["status"] == "fail"]
 
 
 def most_frequent(report: Report) -> list[tuple[str, int]]:

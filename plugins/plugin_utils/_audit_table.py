@@ -93,7 +93,7 @@ def summary_line(report: Report) -> str:
 
 
 def _row(name: str, host: t.Mapping[str, t.Any]) -> tuple[str, ...]:
-    statuses = [check.get("status") for check in host["checks"]]
+    statuses = [check["status"] for check in host["checks"]]
     counts = [str(statuses.count(one)) for one in ("ok", "warn", "fail")] if host["survey"] is not None else ["-"] * 3
     return (one_line(name), WORDS[host["status"]], *counts, _words(host))
 

@@ -10,6 +10,7 @@ Over a pair of pipes, so there is no port to collide and nothing to install besi
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import pathlib
@@ -40,6 +41,15 @@ class BrowserError(Exception):
     """The browser ended, did not answer, or says that a command or a script failed."""
 
 
+def _pipe() -> list[int]:
+    """A pipe whose ends have two digits, so that neither is in the way of the browser's 3 and 4."""
+    ends = os.pipe()
+    moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
+    for end in ends:
+        os.close(end)
+    return moved
+
+
 class Browser:
     """One page in a browser with a profile of its own; a context manager.
 
@@ -58,12 +68,12 @@ class Browser:
         self._session: str | None = None
         self._unread = b""
         self._profile = tempfile.mkdtemp(prefix="page-")
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
+        theirs_in, self._out = _pipe()
+        self._in, theirs_out = _pipe()
         flags = (*_FLAGS, f"--user-data-dir={self._profile}")
         # The browser reads its commands from descriptor 3 and answers on 4.
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', binary, *flags, "about:blank"],
+            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', binary, *flags, "about:blank"],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
