@@ -326,8 +326,8 @@ def _matrix(
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Hosts and checks"><table id="matrix">\n'
         '<caption class="sr">Hosts and readiness checks</caption>\n'
-        f'<colgroup><col class="c-host"><col class="c-verdict"><col class="c-functions">{"<col>" * len(names)}</colgroup>'
-        "<thead>"
+        '<colgroup><col class="c-host"><col class="c-verdict"><col class="c-functions">'
+        f"{'<col>' * len(names)}</colgroup><thead>"
         '<tr><th scope="col" rowspan="2" class="name"><button type="button">Host</button></th>'
         '<th scope="col" rowspan="2"><button type="button">Verdict</button></th>'
         '<th scope="col" rowspan="2" title="PCI functions other than those of the platform itself">Functions</th>'

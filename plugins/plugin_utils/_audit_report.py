@@ -14,7 +14,8 @@ written as it is to report.json::
     hosts               by name, in the order of the inventory:
         status          ready, not_ready, failed (the survey failed) or unreachable
         reason          why it is not ready, in one sentence; null for a host that is
-        checks          list of {id, status, detail, remedy}, the first two always strings; empty for a host that could not be surveyed
+        checks          list of {id, status, detail, remedy}, the first two always strings; empty for a host that
+                        could not be surveyed
         survey          what iommufd_info returned beside the checks; null for a host that could not be surveyed
 
 Nothing in ``checks`` and ``survey`` is taken for granted: a captured tree may lack any part, and a later survey may

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pathlib
 import random
@@ -175,10 +174,10 @@ def results(directory: pathlib.Path, count: int, functions: int = 226, seed: int
         (directory / kind).mkdir(parents=True)
         surveys[kind] = server(directory / kind, kind, functions)
     chance = random.Random(seed)
+    kinds = chance.choices((*KINDS, "failed", "unreachable"), (62, 10, 8, 5, 5, 2, 2, 6), k=count)
     fleet: dict[str, t.Any] = {}
-    for index in range(count):
+    for index, kind in enumerate(kinds):
         name = f"hv-{'abcdefgh'[index * 8 // count]}{index + 1:03}.example.net"
-        kind = chance.choices((*KINDS, "failed", "unreachable"), (62, 10, 8, 5, 5, 2, 2, 6))[0]
         if kind == "unreachable":
             words = f"Failed to connect to the host via ssh: connect to host {name} port 22: Connection timed out"
             fleet[name] = {"unreachable": True, "changed": False, "msg": words}
@@ -190,14 +189,16 @@ def results(directory: pathlib.Path, count: int, functions: int = 226, seed: int
 
 
 def _another(one: Survey, chance: random.Random) -> Survey:
-    """A server of the same kind that is not the same server: addresses, models and drivers of its own."""
-    other = copy.deepcopy(one)
+    """A server of the same kind that is not the same server: addresses and models of its own."""
     shift = chance.randrange(24)
-    models = {f"0x{chance.randrange(1 << 16):04x}": None for _index in range(12)}
+    text = re.sub(
+        r"\b0000:([0-9a-f]{2}):(?=[0-9a-f]{2}\.[0-7])",
+        lambda found: f"0000:{(int(found[1], 16) + shift) % 256:02x}:",
+        json.dumps(one),
+    )
+    other = t.cast("Survey", json.loads(text))
+    models = [f"0x{chance.randrange(1 << 16):04x}" for _index in range(12)]
     for device in other["devices"]:
-        device["address"] = re.sub(
-            r":(..):", lambda found: f":{(int(found[1], 16) + shift) % 256:02x}:", device["address"]
-        )
         if device["driver"] is None:
-            device["device_id"] = chance.choice(list(models))
+            device["device_id"] = chance.choice(models)
     return other
