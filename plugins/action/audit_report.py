@@ -28,6 +28,7 @@ from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_table import summary_line, to_table
 
 _COLLECTION = pathlib.Path(__file__).parents[2]
+_NO_TIME = '"generated": ""'
 
 
 class ActionModule(ActionBase):
@@ -51,16 +52,15 @@ class ActionModule(ActionBase):
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             _version(),
         )
+        findings = "".join(to_json({**report, "generated": ""}))
         files: dict[str, t.Iterable[str]] = {
-            "report.json": to_json(report),
+            "report.json": [findings.replace(_NO_TIME, f'"generated": {json.dumps(report["generated"])}', 1)],
             "junit.xml": [to_junit(report)],
             "index.html": to_page(report),
         }
         try:
             before = _findings(os.path.join(directory, "report.json"))
-            changed = before != "".join(to_json({**report, "generated": ""})) or any(
-                not os.path.exists(os.path.join(directory, name)) for name in files
-            )
+            changed = before != findings or not all(os.path.exists(os.path.join(directory, name)) for name in files)
             if not self._task.check_mode:
                 os.makedirs(directory, exist_ok=True)
                 for name, pieces in files.items():
@@ -106,7 +106,7 @@ def _findings(path: str) -> str | None:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return re.sub(r'^"generated": "[^"]*"', '"generated": ""', file.read(), count=1, flags=re.MULTILINE)
+            return re.sub(r'^"generated": "[^"]*"', _NO_TIME, file.read(), count=1, flags=re.MULTILINE)
     except FileNotFoundError:
         return None
     except UnicodeDecodeError:
