@@ -12,11 +12,18 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import fleet
 from browser import Browser
 
 from ansible_collections.iommufd.host.tests.unit.conftest import iommu_off, vgpu_node
 
 __all__ = ["iommu_off", "vgpu_node"]  # fixtures: servers that were recorded
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, t.Any]:
+    """The survey of one server of each kind."""
+    return fleet.servers(tmp_path_factory.mktemp("servers"))
 
 
 @pytest.fixture(scope="session")

@@ -160,19 +160,23 @@ def _ask_qemu(result: Survey, kind: str) -> None:
     result["checks"] = [check.to_dict() for check in run_checks(result)]
 
 
-def results(directory: pathlib.Path, count: int, functions: int = 226, seed: int = 1) -> dict[str, t.Any]:
+def servers(directory: pathlib.Path) -> dict[str, Survey]:
+    """The survey of one server of each kind, their trees in an empty directory."""
+    surveys = {}
+    for kind in KINDS:
+        (directory / kind).mkdir()
+        surveys[kind] = server(directory / kind, kind)
+    return surveys
+
+
+def results(surveys: t.Mapping[str, Survey], count: int, seed: int = 1) -> dict[str, t.Any]:
     """What a play would have registered for a fleet: mostly ready, some of every other kind, some lost.
 
     Args:
-        directory: an empty directory for the trees.
+        surveys: as :func:`servers` returns them.
         count: how many hosts.
-        functions: how many PCI functions each of them has.
         seed: the same seed gives the same fleet.
     """
-    surveys = {}
-    for kind in KINDS:
-        (directory / kind).mkdir(parents=True)
-        surveys[kind] = server(directory / kind, kind, functions)
     chance = random.Random(seed)
     kinds = chance.choices((*KINDS, "failed", "unreachable"), (62, 10, 8, 5, 5, 2, 2, 6), k=count)
     fleet: dict[str, t.Any] = {}

@@ -24,9 +24,8 @@ def main(directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, Browser() as browser:
         page = pathlib.Path(scratch) / "index.html"
-        report = build_report(
-            fleet.results(pathlib.Path(scratch) / "trees", 24, seed=685), "2026-11-22T11:20:00Z", "0.2.0"
-        )
+        surveys = fleet.servers(pathlib.Path(scratch))
+        report = build_report(fleet.results(surveys, 24, seed=685), "2026-11-22T11:20:00Z", "0.2.0")
         page.write_text("".join(to_page(report)), "utf-8")
         browser.size(1440, 860)
         browser.scheme("light")
