@@ -66,7 +66,8 @@ class ActionModule(ActionBase):
                 for name, pieces in files.items():
                     _write(os.path.join(directory, name), pieces)
         except OSError as error:
-            raise AnsibleActionFail(f"path: {directory!r} cannot be written: {error.strerror}.") from error
+            # Ansible would show the cause once more, in its own words.
+            raise AnsibleActionFail(f"path: {directory!r} cannot be written: {error.strerror}.") from None
         table = to_table(report, options["table_hosts"])
         if self._task.diff:
             result["diff"] = {"before": _old_table(before, options["table_hosts"]), "after": "\n".join(table) + "\n"}

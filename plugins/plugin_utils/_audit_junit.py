@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import typing as t
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import NOT_READY, Report
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_text import printable

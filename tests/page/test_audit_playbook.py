@@ -13,7 +13,7 @@ import pathlib
 import socket
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import fleet
 import pytest
