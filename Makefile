@@ -48,7 +48,7 @@ lab-destroy: ready ## Destroy the lab hosts of INVENTORY
 # -- For developers ---------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: test-fast sanity importer molecule ## All tests, as CI runs them
+test: test-fast sanity importer page molecule ## All tests, as CI runs them
 
 .PHONY: test-fast
 test-fast: lint typing unit ## What needs no virtual machine
@@ -84,6 +84,16 @@ sanity: ready ## ansible-test sanity
 .PHONY: importer
 importer: ready ## Build the collection and let the Galaxy importer judge it
 	@tests/tools/importer
+
+.PHONY: page
+page: ready ## The audit playbook, and its page in Chromium; figures in build/page.json
+	@tests/tools/chromium
+	@python -m pytest -q tests/page
+
+.PHONY: screenshots
+screenshots: ready ## The pictures in docs/images, made anew
+	@tests/tools/chromium fonts-inter fonts-jetbrains-mono
+	@python tests/page/screenshots.py docs/images
 
 .PHONY: molecule
 molecule: ready ## The scenario on a lab host: converge, idempotence, reboot, verify, undo
