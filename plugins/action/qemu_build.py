@@ -45,6 +45,10 @@ class ActionModule(ActionBase):
 
     def run(self, tmp: str | None = None, task_vars: Result | None = None) -> Result:
         result: Result = super().run(tmp, task_vars)
+        return self.build(result, task_vars)
+
+    def build(self, result: Result, task_vars: Result | None) -> Result:
+        """Have the module begin the build, follow it to its end, and fetch what it made."""
         arguments = dict(self._task.args)
         answer = self._call(arguments, task_vars)
         if answer.get("running") and self._wanted(arguments.get("wait", True)) and not answer.get("failed"):
