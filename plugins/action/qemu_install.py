@@ -25,6 +25,10 @@ class ActionModule(ActionBase):
 
     def run(self, tmp: str | None = None, task_vars: Result | None = None) -> Result:
         result: Result = super().run(tmp, task_vars)
+        return self.install(result, task_vars)
+
+    def install(self, result: Result, task_vars: Result | None) -> Result:
+        """Ask the host what it has, and send the archive only where it is lacking."""
         arguments = dict(self._task.args)
         source = arguments.get("src")
         given = boolean(arguments.get("remote_src", False), strict=False) or arguments.get("state") == "absent"
