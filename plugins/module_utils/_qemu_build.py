@@ -453,7 +453,7 @@ class _Run:
         binaries = self._check(summary)
         self.phase("pack")
         self._pack(summary, binaries)
-        self.phase("done")
+        self.phase("clean up")
 
     def _prepare(self) -> None:
         uid = self.sandbox.uid
