@@ -105,9 +105,8 @@ class Sandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        assert process.stdout is not None
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 on_line(line.decode("utf-8", "replace").rstrip("\r\n"))
             return process.wait()
         except BaseException:
