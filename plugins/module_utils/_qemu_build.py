@@ -126,8 +126,8 @@ def needed_packages(host: Host, request: Request, fetched: Fetched, traits: Trai
         if traits.pycotap:
             found += missing(installed, ["python3-pycotap"])
     if request.profile == "distribution" and fetched.dsc:
-        change = simulate_build_dep(host, fetched.dsc)
-        found += [name for name in change.new if name not in found]
+        bare = {name.partition("=")[0] for name in found}
+        found += [name for name in simulate_build_dep(host, fetched.dsc).new if name not in bare]
     return found
 
 

@@ -298,6 +298,12 @@ def packages(request: Request, traits: Traits) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def all_packages() -> set[str]:
+    """Every package that :func:`packages` may name, and those that only some trees need."""
+    found = {*_BASE_PACKAGES, *_FEATURE_PACKAGES.values(), "libfdt-dev", "libpixman-1-dev", "meson", "python3-pycotap"}
+    return found.union(["dpkg-dev", "patch"], *_FIRMWARE_PACKAGES.values())
+
+
 # -- firmware ----------------------------------------------------------------------------------------------------------
 
 _FIRMWARE_PACKAGES: dict[str, tuple[str, ...]] = {"x86_64": ("seabios", "qemu-system-data", "ipxe-qemu")}

@@ -231,6 +231,17 @@ packages_installed:
   type: list
   elements: str
   sample: [libglib2.0-dev, meson]
+packages_purged:
+  description: Packages that were (in check mode, would be) purged.
+  returned: with O(state=absent)
+  type: list
+  elements: str
+  sample: [meson]
+packages_kept:
+  description: Packages that came for a build and stay, with the reason.
+  returned: with O(state=absent)
+  type: dict
+  sample: {libglib2.0-dev: libgtk-3-dev needs it}
 log:
   description: The first real error, when the build failed; the path of the whole log is in the message.
   returned: when the build failed
@@ -279,7 +290,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import (
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Command, Plan
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_sandbox import Limits
 
 ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
@@ -393,6 +404,15 @@ class _Work:
                     refresh=not _packages.have_lists(self.host),
                 )
             )
+            # What only this source asks for is not known any more when it is to be purged. apt, for which everything
+            # that is named is wanted for good, has to know that it is not.
+            passing = [name for name in names if name.partition("=")[0] not in _qemu_profile.all_packages()]
+            if passing:
+                plan.add(
+                    Command(
+                        f"have apt take {len(passing)} of them for dependencies", argv=["apt-mark", "auto", *passing]
+                    )
+                )
         return names
 
     def _start(self, fetched: _qemu_source.Fetched, traits: _qemu_source.Traits) -> None:
@@ -484,7 +504,7 @@ def _plan_absent(host: Host, builder: _qemu_build.Builder) -> Outcome:
                 do=functools.partial(shutil.rmtree, builder.directory),
             )
         )
-    removal = _packages.plan_removal(host, _qemu_build.PURPOSE)
+    removal = _packages.plan_removal(host, _qemu_build.PURPOSE, _qemu_profile.all_packages())
     if removal.forget:
         plan.add(
             _packages.PurgePackages(
@@ -496,7 +516,8 @@ def _plan_absent(host: Host, builder: _qemu_build.Builder) -> Outcome:
                 purpose=_qemu_build.PURPOSE,
             )
         )
-    return Outcome(plan, {"key": None, "running": False})
+    result = {"key": None, "running": False, "packages_purged": removal.purge, "packages_kept": removal.keep}
+    return Outcome(plan, result)
 
 
 def work(module: AnsibleModule) -> Outcome:

@@ -16,7 +16,7 @@ import typing as t
 import pytest
 
 from ansible_collections.iommufd.host.plugins.action import qemu_build as action
-from ansible_collections.iommufd.host.plugins.module_utils import _ansible
+from ansible_collections.iommufd.host.plugins.module_utils import _ansible, _packages
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_build as build
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -39,6 +39,7 @@ def directory(monkeypatch: pytest.MonkeyPatch) -> t.Iterator[str]:
     monkeypatch.setattr(action, "_INTERVAL", 0.1)
     place = tempfile.mkdtemp(dir="/var/tmp", prefix="iommufd-host-test-")
     os.chmod(place, 0o755)
+    monkeypatch.setattr(_packages, "RECORD", f"{place}/packages")  # nor take away what is here because of a real build
     yield f"{place}/cache"
     shutil.rmtree(place)
 
