@@ -88,7 +88,7 @@ class ActionModule(ActionBase):
                     return {"msg": f"The build's state {answer['state_file']} cannot be read any more"}, {}
             else:
                 misses = 0
-                if not alive:
+                if not alive or (state.get("finished") and not state.get("error")):
                     return self._ended(answer, state)
                 if interval and (state["phase"] != phase or time.monotonic() - shown >= interval):
                     shown, phase = time.monotonic(), state["phase"]

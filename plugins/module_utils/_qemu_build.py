@@ -271,7 +271,7 @@ def start(job: Job) -> bool:
         return False
     try:
         _clear(job.builder, job.key)
-        _write_state(job, {"phase": "start", "started": time.time(), "finished": False})
+        _write_state(job, _begun())
         sys.stdout.flush()
         sys.stderr.flush()
         if os.fork() == 0:
@@ -339,16 +339,25 @@ def _write_state(job: Job, state: t.Mapping[str, t.Any]) -> None:
     os.replace(f"{path}.new", path)
 
 
+def _begun() -> Json:
+    return {"phase": "start", "started": time.time(), "finished": False, "error": None, "seconds": {}}
+
+
 class _Failed(HostError):
     """A command of the build failed; ``details`` has ``log``."""
 
 
 def carry_out(job: Job) -> bool:
     """Do all phases of a build, with the state written beside; True where the artefact is there in the end."""
-    run = _Run(job)
+    try:
+        run = _Run(job)
+    except HostError as error:
+        _write_state(job, {**_begun(), "finished": True, "error": {"message": error.message, "log": []}})
+        return False
     try:
         run.build()
         run.state.update(finished=True, error=None)
+        run.save()  # the archive is there; nobody needs to wait until its trees are removed
     except BaseException as error:
         message = reason(error) if not isinstance(error, KeyboardInterrupt) else f"it was ended by a {error}"
         details = error.details if isinstance(error, HostError) else {}
@@ -376,7 +385,7 @@ class _Run:
         self.tree = f"{self.work}/build"
         self.stage = f"{self.work}/stage"
         self.lines: list[str] = []
-        self.state: Json = {"phase": "start", "started": time.time(), "finished": False, "error": None, "seconds": {}}
+        self.state: Json = _begun()
         self._saved = 0.0
         self.sandbox = self._make_sandbox()
         self.state["uid"] = self.sandbox.uid

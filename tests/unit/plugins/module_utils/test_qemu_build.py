@@ -304,3 +304,14 @@ def test_which_meson_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted(meson="2.0")
     installed["meson"] = Package("meson", "1.5.1-1", True, False, frozenset(), frozenset())
     assert wanted(meson="1.5.0") == ["python3-venv"]
+
+
+def test_a_builder_without_the_tools_says_so(
+    builder: build.Builder, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*arguments: t.Any) -> t.NoReturn:
+        raise build.HostError("setpriv is not installed")
+
+    monkeypatch.setattr(build, "make_sandbox", lacking)  # the job is forked from here, and so has it too
+    state = finish(job(builder, make_tree(tmp_path / "tree")))
+    assert state["error"]["message"] == "setpriv is not installed"

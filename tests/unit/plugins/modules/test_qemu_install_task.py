@@ -80,7 +80,8 @@ class Action(action.ActionModule):
         shutil.rmtree(str(tmp_path))
 
 
-A, B = "a" * 32, "b" * 32
+A = "a" * 32
+B = "b" * 32
 
 
 @pytest.fixture(autouse=True)
