@@ -42,7 +42,12 @@ _MEMLOCK_MARGIN = 64 * MIB
 # What QEMU itself needs beside the guest's memory (Debian's binary with its libraries; with TCG its translation cache).
 _QEMU_MEMORY = {"kvm": 96, "tcg": 224}
 
-_BINARIES = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm", "qemu-kvm")
+_BINARIES = (
+    "/opt/iommufd-host/qemu/current/bin/qemu-system-x86_64",
+    "qemu-system-x86_64",
+    "/usr/libexec/qemu-kvm",
+    "qemu-kvm",
+)
 _CONSOLE_LINES = 25
 _CONSOLE_LIMIT = 1 << 20
 
@@ -63,6 +68,7 @@ class Request:
         accelerator: "auto", "kvm" or "tcg".
         pending: earlier steps that turn the IOMMU on, load modules and bind devices are still to come, so what they
             bring about is only told where it is missing.
+        qemu_pending: an earlier step that installs QEMU is still to come, so the one that is here does not count.
     """
 
     devices: tuple[str, ...]
@@ -75,6 +81,7 @@ class Request:
     timeout: float = 600.0
     accelerator: str = "auto"
     pending: bool = False
+    qemu_pending: bool = False
 
 
 @dataclasses.dataclass
@@ -239,7 +246,9 @@ def _check_programs(host: Host, ready: Ready) -> None:
     request = ready.request
     binaries = (request.qemu,) if request.qemu else _BINARIES
     path = next((found for found in map(host.which, binaries) if found), None)
-    if path is None:
+    if request.qemu_pending:
+        ready.qemu = path or binaries[0]
+    elif path is None:
         ready.problems.append(
             f"QEMU is not installed ({', '.join(binaries)}). On Debian and Ubuntu: apt install qemu-system-x86."
         )
@@ -268,7 +277,7 @@ def _check_qemu(host: Host, ready: Ready) -> None:
         what = "takes no passed vfio descriptors" if found.iommufd else "has no iommufd"
         ready.problems.append(
             f"{ready.qemu} ({found.version}) {what} (seen in -object help and -device vfio-pci,help): it needs QEMU "
-            "9.0 or later with CONFIG_IOMMUFD."
+            "9.0 or later with CONFIG_IOMMUFD. The role iommufd.host.qemu builds one (qemu_source)."
         )
 
 

@@ -189,6 +189,19 @@ def simulate_install(host: Host, names: t.Sequence[str]) -> Change:
     return _simulate(host, ["install", "--no-install-recommends", *names])
 
 
+def simulate_build_dep(host: Host, dsc: str) -> Change:
+    """What installing the build dependencies of a source package would do.
+
+    Args:
+        host: the host.
+        dsc: path of its ``.dsc``.
+
+    Raises:
+        HostError: apt cannot do it; quotes it.
+    """
+    return _simulate(host, ["build-dep", "--no-install-recommends", dsc])
+
+
 def simulate_purge(host: Host, names: t.Sequence[str]) -> Change:
     """What purging some packages would do.
 

@@ -16,7 +16,14 @@ from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Ou
 from ansible_collections.iommufd.host.plugins.module_utils._package_versions import package_versions
 
 # Where distributions, this collection and people put system emulators.
-DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/usr/libexec", "/opt/qemu/bin", "/run/current-system/sw/bin")
+DIRECTORIES = (
+    "/opt/iommufd-host/qemu/current/bin",
+    "/usr/local/bin",
+    "/usr/bin",
+    "/usr/libexec",
+    "/opt/qemu/bin",
+    "/run/current-system/sw/bin",
+)
 
 _BINARY = re.compile(r"qemu-system-[a-z0-9_]+|qemu-kvm|kvm")
 _VERSION = re.compile(r"QEMU emulator version (\d+(?:\.\d+)+)(?:\s*\(([^)]*)\))?")
@@ -123,16 +130,25 @@ def read_qemu(host: Host, path: str, ask: bool = True) -> Qemu:
 @functools.lru_cache(maxsize=64)
 def _ask(plain: Qemu) -> Qemu:
     """Ask a binary; one answer per file, size and time of change, so that a module asks each only once."""
-    host = Host()
-    answer = host.ask([plain.path, "-version"], _TIMEOUT)
+    return question(plain, lambda argv: Host().ask(argv, _TIMEOUT))
+
+
+def question(plain: Qemu, ask: t.Callable[[list[str]], Output | None]) -> Qemu:
+    """Ask a binary what it can do.
+
+    Args:
+        plain: the binary as a file.
+        ask: runs a command and returns what it said; None where it did not answer.
+    """
+    answer = ask([plain.path, "-version"])
     match = _VERSION.search(answer.stdout) if answer is not None else None
     if match is None:
         return dataclasses.replace(plain, problem=_words(answer))
-    device = host.ask([plain.path, "-device", "vfio-pci,help"], _TIMEOUT)
+    device = ask([plain.path, "-device", "vfio-pci,help"])
     properties = set(re.findall(r"^\s*([\w-]+)=", device.stdout, re.MULTILINE)) if device is not None else set()
     able = "iommufd" in properties
     if able:  # the object could still be missing; without the property there is no need to ask
-        objects = host.ask([plain.path, "-object", "help"], _TIMEOUT)
+        objects = ask([plain.path, "-object", "help"])
         able = bool(objects and re.search(r"^\s*iommufd\s*$", objects.stdout, re.MULTILINE))
     return dataclasses.replace(
         plain,

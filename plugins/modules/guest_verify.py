@@ -55,7 +55,8 @@ options:
   qemu:
     description:
       - The QEMU to use, as an absolute path.
-      - Without it, the distribution's, as it is found in the standard directories.
+      - Without it, the one that M(iommufd.host.qemu_install) made current, or else the distribution's, as it is found
+        in the standard directories.
     type: path
   user:
     description: The user that QEMU runs as. It must not be root.
@@ -95,6 +96,13 @@ options:
       - Only honoured in check mode.
     type: bool
     default: false
+  qemu_pending:
+    description:
+      - An earlier task of the same play is going to install QEMU, so that the one which is here is not judged.
+      - Only honoured in check mode.
+    type: bool
+    default: false
+    version_added: 0.2.0
 requirements:
   - QEMU 9.0 or later with iommufd (C(qemu-system-x86) on Debian and Ubuntu)
   - busybox (C(busybox-static) on Debian and Ubuntu)
@@ -234,6 +242,7 @@ def work(module: AnsibleModule) -> Outcome:
         timeout=options["timeout"],
         accelerator=options["accelerator"],
         pending=pending,
+        qemu_pending=options["qemu_pending"] and module.check_mode,
     )
     ready = prepare(host, request)
     if module.check_mode:
@@ -270,6 +279,7 @@ def main() -> None:
             "busybox": {"type": "path"},
             "kernel": {"type": "path"},
             "pending": {"type": "bool", "default": False},
+            "qemu_pending": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

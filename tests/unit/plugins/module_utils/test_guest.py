@@ -67,6 +67,16 @@ def test_missing_programs_are_an_error_while_the_rest_is_pending(machine: Machin
     assert "/opt/q" in caught.value.message
 
 
+def test_a_qemu_that_is_still_to_come_is_not_judged(machine: Machine) -> None:
+    machine.pci(NVME, "1b36:0010", "010802", driver="nvme")
+    with pytest.raises(HostError) as caught:
+        _guest.prepare(
+            machine.host,
+            Request(devices=(NVME,), qemu="/opt/q", busybox="/opt/b", pending=True, qemu_pending=True),
+        )
+    assert [problem.split(" ")[0] for problem in caught.value.details["problems"]] == ["/opt/b"]
+
+
 @pytest.mark.parametrize(
     ("config", "modules", "words"),
     [

@@ -1,0 +1,90 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A QEMU for passthrough against QEMU's default configuration, and the roll-out of a finished archive.
+
+Needs root and a source package of QEMU 9.0 or later: ``QEMU_DSC=/path/qemu_10.0.13+ds-0+deb13u1.dsc``, and the packages
+that building it needs (a build by ``qemu_build`` leaves them there). Takes as long as two builds.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import typing as t
+
+from bench import CHECKOUT, Row, alternate
+
+sys.path.insert(0, str(CHECKOUT / "build/collections"))
+
+from ansible_collections.iommufd.host.plugins.module_utils import (
+    _qemu_artefact,
+    _qemu_build,
+    _qemu_install,
+    _qemu_sandbox,
+    _qemu_source,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._plan import wait_until
+from ansible_collections.iommufd.host.plugins.module_utils._qemu_profile import Request
+
+
+def rows() -> t.Iterator[Row]:
+    dsc = os.environ.get("QEMU_DSC", "")
+    if os.geteuid() != 0 or not os.path.exists(dsc):
+        print("    not run: needs root and QEMU_DSC, the path of a source package of QEMU")
+        return
+    place = tempfile.mkdtemp(dir="/var/tmp", prefix="iommufd-host-bench-")
+    os.chmod(place, 0o755)
+    try:
+        # Each has a cache of its own that is empty in the beginning: where ccache is installed it helps neither.
+        small, archive = _build(_qemu_build.Builder(f"{place}/small"), dsc, "passthrough")
+        whole, _archive = _build(_qemu_build.Builder(f"{place}/whole"), dsc, "default")
+        yield Row("QEMU for passthrough, x86_64, built", small, whole, "QEMU's default configuration", 0.25)
+        yield _rollout(pathlib.Path(place), archive)
+    finally:
+        shutil.rmtree(place)
+
+
+def _build(builder: _qemu_build.Builder, dsc: str, profile: str) -> tuple[float, str]:
+    """Seconds from the sources to the finished archive, and its path."""
+    builder.make()
+    fetched = _qemu_source.fetch(_qemu_source.parse_source({"path": dsc}), builder.downloads)
+    request = Request(iommufd="enabled", profile=profile)
+    decides = _qemu_build.decides(Host(), request, fetched.digest)
+    key = _qemu_artefact.key_of(decides)
+    limits = _qemu_sandbox.Limits(len(os.sched_getaffinity(0)), 8 << 30)
+    traits = _qemu_source.examine(fetched)
+    started = time.monotonic()
+    _qemu_build.start(_qemu_build.Job(builder, key, decides, request, fetched, dsc, traits, limits, 5))
+    if not wait_until(lambda: not _qemu_build.is_running(builder, key), 7200, 0.5):
+        raise RuntimeError("the build takes more than two hours")
+    state = _qemu_build.read_state(builder, key)
+    if state is None or state["error"] is not None:
+        raise RuntimeError(f"profile {profile}: {state and state['error']}")
+    return time.monotonic() - started, builder.artefact(key)
+
+
+def _rollout(place: pathlib.Path, archive: str) -> Row:
+    """Unpacked, every file compared, libraries looked up, the binary asked, and switched to."""
+    key = _qemu_artefact.read_manifest(archive)["key"]
+    numbers = iter(range(1000))
+
+    def ours() -> None:
+        directory = f"{place}/host{next(numbers)}/qemu"
+        wanted = _qemu_install.Wanted(key, archive)
+        _qemu_install.plan_present(Host(), _qemu_install.read_installed(Host(), directory), wanted).apply()
+
+    def other() -> None:
+        directory = place / f"tar{next(numbers)}"
+        directory.mkdir()
+        subprocess.run(["tar", "-xJf", archive, "-C", str(directory)], check=True)
+
+    mine, tar = alternate(ours, other)
+    return Row("that QEMU put on a host, checked", mine, tar, "tar, unchecked", 5.0)
