@@ -40,7 +40,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._memory import (
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names, read_names
 from ansible_collections.iommufd.host.plugins.module_utils._pci import (
     DEVICES,
-    LOCK_SECONDS,
     Function,
     address_key,
     read_function,
@@ -54,7 +53,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     read_entries,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step
-from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals
+from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals, refuse_locked
 from ansible_collections.iommufd.host.plugins.module_utils._selectors import Selector, choose, parse_selectors, view
 from ansible_collections.iommufd.host.plugins.module_utils._udev import (
     Promise,
@@ -309,18 +308,6 @@ def driver_for(situation: Situation, function: Function, driver: str) -> str:
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
-def _refuse_locked(refusals: Refusals, move: Move) -> bool:
-    """Add that a function cannot be moved by anybody now; returns whether that is so."""
-    function = move.function
-    if function.locked:
-        refusals.add(
-            f"the kernel has been holding the lock of {move.address} for more than {LOCK_SECONDS:g} s: a driver is "
-            f"taking or leaving it and does not come to an end (it has {function.driver or 'no driver'} now)",
-            move.address,
-        )
-    return function.locked
-
-
 def _refuse_uses(refusals: Refusals, situation: Situation, move: Move, force: bool) -> bool:
     """Add what uses a function; returns whether force (with the address written out) would help."""
     found = situation.uses.get(move.address, [])
@@ -449,7 +436,7 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
                 f"{move.address} is a PCI bridge; it stays with the host. Name the devices behind it", move.address
             )
             continue
-        if _refuse_locked(refusals, move):
+        if refuse_locked(refusals, move.function):
             continue
         move.to = driver_for(situation, function, request.driver)
         ready = not request.require_cdev or function.vfio_name is not None
@@ -475,7 +462,7 @@ def _decide_unbound(host: Host, situation: Situation, request: Request, moves: l
     chosen = {move.address for move in moves}
     for move in moves:
         function = move.function
-        if _refuse_locked(refusals, move):
+        if refuse_locked(refusals, move.function):
             continue
         claims = _Claims(host, situation)
         on_vfio = function.driver is not None and is_vfio_driver(function.driver)

@@ -10,6 +10,7 @@ import dataclasses
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._pci import LOCK_SECONDS, Function
 from ansible_collections.iommufd.host.plugins.module_utils._usage import Use
 
 
@@ -28,3 +29,14 @@ class Refusals:
             return
         reasons = " ".join(one["reason"][0].upper() + one["reason"][1:] + "." for one in self.found)
         raise Refusal(f"Refused, and nothing has been changed. {reasons}{hint}", refusals=self.found)
+
+
+def refuse_locked(refusals: Refusals, function: Function) -> bool:
+    """Add that nobody can move a function, or change the number of its VFs, now; returns whether that is so."""
+    if function.locked:
+        refusals.add(
+            f"the kernel has been holding the lock of {function.address} for more than {LOCK_SECONDS:g} s: a driver is "
+            f"taking or leaving it and does not come to an end (it has {function.driver or 'no driver'} now)",
+            function.address,
+        )
+    return function.locked

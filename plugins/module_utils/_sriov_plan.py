@@ -37,7 +37,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._plan import (
     run,
     wait_until,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals
+from ansible_collections.iommufd.host.plugins.module_utils._refusals import Refusals, refuse_locked
 from ansible_collections.iommufd.host.plugins.module_utils._sriov import (
     Param,
     VfSettings,
@@ -113,7 +113,6 @@ class Decision:
     pfs: list[tuple[Physical, Wanted]]
     plan: Plan
     kept: dict[str, KeptPf]
-    gone: list[str]
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -166,7 +165,7 @@ def decide(host: Host, request: Request) -> Decision:
         if one.count and request.persistent:
             after[one.address] = _keep(physical, one, kept.get(one.address))
     steps += plan_kept(host, after)
-    return Decision(pfs, Plan(steps), after, gone)
+    return Decision(pfs, Plan(steps), after)
 
 
 def _kept_params(kept: t.Mapping[str, KeptPf], address: str) -> dict[str, Param]:
@@ -193,6 +192,8 @@ def _refuse(
     uses: dict[str, list[Use]] | None = None
     helps = False
     for physical, wanted in pfs:
+        if refuse_locked(refusals, physical.function):
+            continue
         _refuse_driver(refusals, physical, wanted)
         for name, param in wanted.params.items():
             if param.cmode not in physical.params.get(name, {}):
