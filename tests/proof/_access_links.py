@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""On the lab host, in mode group: break each link between QEMU and the nodes, have the probe name it, see what a guest of
-libvirt says, mend it, and have the probe find the chain whole again. One process: on an emulated host each start counts.
+"""On the lab host, in mode group: break each link between QEMU and the nodes, have the probe name it, see what a guest
+of libvirt says, mend it, and have the probe find the chain whole again. One process: on an emulated host each start
+counts.
 
 Prints a line for each link and writes the rows to the file named on the command line; fails where a link was not named.
 """
@@ -84,7 +85,7 @@ CASES = [
         "usermod -g libvirt-qemu libvirt-qemu",
         "usermod -g kvm libvirt-qemu",
     ),
-    Case("mode of the node", "dac", "root:kvm 0600", "chmod 0600 /dev/iommu", udev, "Permission denied"),
+    Case("mode of the node", "dac", "root:kvm 0600", "chmod 0600 /dev/iommu", udev),
     Case("mode of a cdev", "dac", "devices/vfio[01]: root:kvm 0600", "chmod 0600 /dev/vfio/devices/vfio0", udev),
     Case(
         "access list",
@@ -99,7 +100,7 @@ CASES = [
         "cgroup_device_acl does not list /dev/iommu",
         acl(False),
         acl(True),
-        "No such file|Operation not permitted",
+        "Failed to open /dev/vfio/devices",
     ),
     Case(
         "AppArmor",
