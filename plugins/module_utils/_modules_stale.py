@@ -5,8 +5,8 @@
 """Entries of modules that no kernel has any more.
 
 Instructions for passthrough from before Linux 6.2 list ``vfio_virqfd``, which was folded into ``vfio`` then
-(drivers/vfio/Makefile). dracut and mkinitcpio fail on a module that they cannot find, so that the next kernel has no
-initramfs and does not boot.
+(drivers/vfio/Makefile). dracut and mkinitcpio report an error for a module that they cannot find, each time that they
+make an initramfs; users tell of kernels that did not boot afterwards.
 
 A line with such an entry becomes a comment that says so, and what else stood on it follows on a line of its own. That
 is all there is to remember, so taking it back gives the very same bytes.

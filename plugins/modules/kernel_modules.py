@@ -19,8 +19,8 @@ description:
   - A module that is built into the kernel needs no loading and is left out.
   - Entries of C(vfio_virqfd), which no kernel since 6.2 has, are made comments where no installed kernel has it, in
     C(/etc/modules), C(/etc/modules-load.d), C(/etc/initramfs-tools/modules), and the configuration of dracut and
-    mkinitcpio. The latter two fail on it, and the next kernel would have no initramfs. O(state=absent) puts the entries
-    back.
+    mkinitcpio. The latter two report an error for it with each initramfs that they make. O(state=absent) puts the
+    entries back.
 options:
   names:
     description:
