@@ -11,7 +11,9 @@ author:
 version_added: 0.2.0
 short_description: Whether a surveyed host is ready for guests with devices over iommufd
 description:
-  - V(true) when no check of the survey failed and at least one could be made.
+  - V(true) when no check of the survey failed, and each of those was made without which nothing is shown,
+    V(iommu.enabled), V(kernel.iommufd), V(kernel.cdev), V(node.iommu) and V(qemu.iommufd). Only the QEMU of a live
+    host can be asked, so a captured tree is never ready.
 positional: _input
 options:
   _input:

@@ -28,6 +28,7 @@ import json
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_text import mapping, one_line, rows
+from ansible_collections.iommufd.host.plugins.plugin_utils._readiness import untold
 
 FORMAT = 1
 
@@ -38,10 +39,6 @@ UNREACHABLE = "unreachable"
 
 # The worst first: the order in which people want to see them.
 STATUSES = (UNREACHABLE, FAILED, NOT_READY, READY)
-
-# The links of the chain without which no guest has a device over iommufd. A host on which one of them could not be
-# looked at (a captured tree without /boot and /dev, say) has not been shown to be ready.
-ESSENTIAL = ("iommu.enabled", "kernel.iommufd", "kernel.cdev", "node.iommu", "qemu.iommufd")
 
 # Not of the survey, but of the module call that it came with.
 _OF_THE_CALL = ("changed", "failed", "invocation", "warnings", "deprecations", "ansible_facts", "checks")
@@ -105,10 +102,9 @@ def judge(checks: t.Sequence[t.Mapping[str, t.Any]]) -> tuple[str, str | None]:
     failing = failing_ids(checks)
     if failing:
         return NOT_READY, f"{'This check fails' if len(failing) == 1 else 'These checks fail'}: {', '.join(failing)}."
-    told = {check["id"] for check in checks if check["status"] in ("ok", "warn")}
-    untold = [name for name in ESSENTIAL if name not in told]
-    if untold:
-        return NOT_READY, f"Nothing that was seen is wrong, but this could not be told: {', '.join(untold)}."
+    unknown = untold(checks)
+    if unknown:
+        return NOT_READY, f"Nothing that was seen is wrong, but this could not be told: {', '.join(unknown)}."
     return READY, None
 
 

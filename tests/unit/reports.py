@@ -10,7 +10,8 @@ import typing as t
 
 from hypothesis import strategies as st
 
-from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import ESSENTIAL, Report, build_report
+from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import Report, build_report
+from ansible_collections.iommufd.host.plugins.plugin_utils._readiness import ESSENTIAL
 
 TIME = "2026-11-22T11:20:00Z"
 

@@ -22,28 +22,31 @@ from ansible_collections.iommufd.host.plugins.filter.select_devices import selec
 from ansible_collections.iommufd.host.plugins.filter.why_not import why_not
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
+from ansible_collections.iommufd.host.plugins.plugin_utils._readiness import ESSENTIAL
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 
-def check(status: str, detail: str = "Found.", remedy: str | None = None) -> dict[str, t.Any]:
-    return {"id": "kernel.iommufd", "status": status, "detail": detail, "remedy": remedy}
+def check(status: str, detail: str = "Found.", remedy: str | None = None, name: str = "memlock") -> dict[str, t.Any]:
+    return {"id": name, "status": status, "detail": detail, "remedy": remedy}
 
 
-FAILING = [check("ok"), check("fail", "No node.", "Load iommufd."), check("warn", "Old QEMU."), check("skip")]
+GOOD = [check("ok", name=name) for name in ESSENTIAL]
+FAILING = [*GOOD, check("fail", "No node.", "Load iommufd."), check("warn", "Old QEMU."), check("skip")]
 
 
 @pytest.mark.parametrize(
     ("checks", "warnings", "answer"),
     [
-        ([check("ok"), check("skip")], True, True),
-        ([check("ok"), check("warn")], False, True),
-        ([check("ok"), check("warn")], True, False),
+        ([*GOOD, check("skip")], True, True),
+        ([*GOOD, check("warn")], False, True),
+        ([*GOOD, check("warn")], True, False),
         (FAILING, False, False),
+        (GOOD[1:], False, False),
         ([check("skip")], False, False),
         ([], False, False),
     ],
 )
-def test_a_host_is_ready_when_nothing_is_in_the_way_and_something_is_known(
+def test_a_host_is_ready_when_nothing_is_in_the_way_and_all_that_is_essential_is_known(
     checks: list[t.Any], warnings: bool, answer: bool
 ) -> None:
     assert ready(checks, warnings) is answer
@@ -53,6 +56,7 @@ def test_a_host_is_ready_when_nothing_is_in_the_way_and_something_is_known(
 def test_why_not_gives_what_was_found_and_the_remedy() -> None:
     assert why_not(FAILING) == ["No node. Load iommufd."]
     assert why_not(FAILING, warnings=True) == ["No node. Load iommufd.", "Old QEMU."]
+    assert why_not([*GOOD[1:], check("skip", name=ESSENTIAL[0])]) == [f"{ESSENTIAL[0]} could not be told."]
     assert "Nothing is known" in why_not([check("skip")])[0]
 
 

@@ -9,7 +9,6 @@ import json
 from hypothesis import given
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import (
-    ESSENTIAL,
     STATUSES,
     Report,
     judge,
@@ -17,6 +16,7 @@ from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import 
     to_json,
 )
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_text import one_line, printable
+from ansible_collections.iommufd.host.plugins.plugin_utils._readiness import ESSENTIAL
 from ansible_collections.iommufd.host.tests.unit.reports import (
     HOSTILE,
     REPORTS,
