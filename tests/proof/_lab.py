@@ -176,7 +176,7 @@ class LabHost:
         result["failed"] = match[1] != "SUCCESS" and match[1] != "CHANGED"
         return result
 
-    def aside(self, script: str, timeout: float = 90) -> str:
+    def aside(self, script: str, timeout: float = 300) -> str:
         """Run a shell script over a connection of its own, while the agent is busy."""
         done = subprocess.run(
             self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
@@ -215,12 +215,12 @@ class LabHost:
             "set -e; cd /root/.ansible/tmp/ansible-tmp-*; python3 AnsiballZ_vfio_bind.py explode >/dev/null; "
             "rm -rf /var/tmp/proof/payload; mv debug_dir /var/tmp/proof/payload; cd /; rm -rf /root/.ansible; sync"
         )
-        done = subprocess.run(self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
         check(done.returncode == 0, f"the module could not be unpacked: {done.stderr}")
 
     def put(self, content: bytes, path: str) -> None:
         script = f"mkdir -p {shlex.quote(os.path.dirname(path))} && cat >{shlex.quote(path)}"
-        subprocess.run(self._ssh(script), input=content, check=True, timeout=60)
+        subprocess.run(self._ssh(script), input=content, check=True, timeout=300)
 
     # -- the agent -------------------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class LabHost:
         self.tell(do, **arguments)
         return self.answer()
 
-    def sh(self, script: str, timeout: float = 120, ok: t.Sequence[int] = (0,)) -> str:
+    def sh(self, script: str, timeout: float = 300, ok: t.Sequence[int] = (0,)) -> str:
         """Run a shell script on the host; returns what it wrote to standard output and error."""
         done = self.ask("sh", script=script, timeout=timeout)
         check(done["rc"] in ok, f"`{script}` ended with status {done['rc']}: {done['out'][-1500:]}")
