@@ -110,13 +110,12 @@ def command(name: str, script: str) -> t.Iterator[None]:
 def full(directory: str) -> t.Iterator[None]:
     """A directory with its files on a file system that has no room left."""
     size = subprocess.run(["du", "-sk", directory], capture_output=True, text=True, check=True).stdout.split()[0]
-    shell(f"mkdir -p /run/full && mount -t tmpfs -o size={int(size) + 16}k full /run/full")
-    shell(f"cp -a {directory}/. /run/full")
-    with contextlib.suppress(OSError), open("/run/full/filler", "wb") as filler:
+    shell(f"rm -rf /run/full && cp -a {directory} /run/full")
+    shell(f"mount -t tmpfs -o size={int(size) + 16}k full {directory} && cp -a /run/full/. {directory}")
+    with contextlib.suppress(OSError), open(f"{directory}/filler", "wb") as filler:
         while True:
             filler.write(b"x" * 4096)
             filler.flush()
-    shell(f"mount --move /run/full {directory}")
     try:
         yield
     finally:
