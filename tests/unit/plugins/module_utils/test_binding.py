@@ -382,7 +382,7 @@ def test_another_card_at_the_address_is_not_what_was_remembered(server: Machine)
     server.interface("ens3f0", NIC)
     run(server, {"nic": "ens3f0"}, persistent=False)
     server.file(f"{server.paths[NIC]}/device", "0x1521\n")
-    with pytest.raises(OptionError, match="the nearest"):
+    with pytest.raises(OptionError, match="matches none of the 2 devices"):
         decided(server, {"nic": "ens3f0"})
 
 
