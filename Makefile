@@ -55,7 +55,7 @@ test-fast: lint typing unit ## What needs no virtual machine
 
 .PHONY: unit
 unit: ready ## Unit tests
-	@python -m pytest -q -n 2 tests/unit
+	@python -m pytest -q -n 2 --basetemp=build/pytest tests/unit
 
 .PHONY: typing
 typing: ready ## Type checks
@@ -88,7 +88,7 @@ importer: ready ## Build the collection and let the Galaxy importer judge it
 .PHONY: page
 page: ready ## The audit playbook, and its page in Chromium; figures in build/page.json
 	@tests/tools/chromium
-	@python -m pytest -q tests/page
+	@python -m pytest -q --basetemp=build/pytest-page tests/page
 
 .PHONY: screenshots
 screenshots: ready ## The pictures in docs/images, made anew
