@@ -41,7 +41,13 @@ def directory(monkeypatch: pytest.MonkeyPatch) -> t.Iterator[str]:
     os.chmod(place, 0o755)
     monkeypatch.setattr(_packages, "RECORD", f"{place}/packages")  # nor take away what is here because of a real build
     yield f"{place}/cache"
-    shutil.rmtree(place)
+
+    def gone() -> bool:
+        shutil.rmtree(place, ignore_errors=True)
+        return not os.path.exists(place)
+
+    # A job that has told its result is still clearing up for a moment.
+    assert wait_until(gone, 20)
 
 
 def call(check_mode: bool = False, **given: t.Any) -> Result:
