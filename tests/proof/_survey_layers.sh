@@ -11,7 +11,7 @@ disk() { basename "$(readlink -f /sys/bus/pci/devices/"$1"/nvme/nvme*/nvme*n1)" 
 net() { ls /sys/bus/pci/devices/"$1"/net; }
 
 cd /
-udevadm settle --timeout=60
+udevadm settle --timeout=300
 
 # LVM on RAID1 on two disks: a filesystem and swap.
 mdadm --create /dev/md0 --run --level=1 --metadata=1.2 --raid-devices=2 "$(disk 0000:01:00.0)" "$(disk 0000:02:00.0)"
@@ -25,8 +25,9 @@ mkswap /dev/vg/more
 swapon /dev/vg/more
 
 # dm-crypt, with a key derivation that an emulated processor can do.
-echo secret | cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "$(disk 0000:03:00.0)" -
-echo secret | cryptsetup open "$(disk 0000:03:00.0)" secret -
+printf secret >/run/key
+cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --key-file=/run/key "$(disk 0000:03:00.0)"
+cryptsetup open --key-file=/run/key "$(disk 0000:03:00.0)" secret
 mkfs.ext4 -q /dev/mapper/secret
 mount /dev/mapper/secret /srv/secret
 
@@ -75,7 +76,7 @@ ip route add 198.51.100.0/24 via 192.0.2.254
 
 # A VF on vfio-pci.
 echo 1 >/sys/bus/pci/devices/0000:0b:00.0/sriov_numvfs
-udevadm settle --timeout=60
+udevadm settle --timeout=300
 give "$(basename "$(readlink /sys/bus/pci/devices/0000:0b:00.0/virtfn0)")"
 
 # A bridge, a macvtap, an interface in another namespace.
@@ -88,7 +89,7 @@ ip link add link "$(net 0000:0d:00.0)" name macvtap0 type macvtap mode bridge
 ip netns add blue
 ip link set "$(net 0000:0e:00.0)" netns blue
 
-udevadm settle --timeout=60
+udevadm settle --timeout=300
 for _try in $(seq 60); do
     if ls -l /proc/"$(pgrep -x qemu-system-x86)"/fd | grep -q /dev/vfio/[0-9]; then break; fi
     sleep 1
