@@ -82,8 +82,9 @@ def read_names(host: Host, functions: t.Sequence[Function]) -> dict[str, Names]:
         if address is not None and not _REPRESENTOR.fullmatch(host.read_line(f"{path}/phys_port_name") or ""):
             interfaces.setdefault(address, []).append(Interface(name, _mac(host, path)))
     disks: dict[str, list[Disk]] = {}
-    for name in host.listdir(BLOCK):
-        path = host.realpath(f"{BLOCK}/{name}") or ""
+    block = BLOCK if host.is_dir(BLOCK) else "/sys/block"  # a captured tree may have only this
+    for name in host.listdir(block):
+        path = host.realpath(f"{block}/{name}") or ""
         if host.exists(f"{path}/partition"):
             continue
         for above in _hardware(host, path):

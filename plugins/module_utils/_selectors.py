@@ -277,6 +277,8 @@ def _parse_dict(option: str, value: dict[t.Any, t.Any], query: Query | None) -> 
             virtual = VirtualFunctions(_parents(where, given), numbers)
         elif key in _SIMPLE:
             criteria.append(_SIMPLE[key](where, key, given))
+    if isinstance(value.get("query"), dict):  # as it was written, for messages
+        value = {**value, "query": value["query"]["expression"]}
     by_name = not set(value).isdisjoint(_BY_NAME)
     return Selector(option, value, tuple(criteria), virtual, excluded, address, by_name)
 
@@ -705,6 +707,5 @@ def _nothing(selector: Selector, devices: t.Sequence[Device], candidates: t.Sequ
 
     ranked = sorted(candidates, key=lambda device: (-score(device), address_key(device["address"])))
     nearest = "; ".join(describe(device) for device in ranked[:_NEAREST] if score(device) > 0)
-    if not nearest:
-        nearest = "none is like it" if devices else "none, it has no PCI devices"
-    return OptionError(selector.option, selector.value, f"what names devices of this host; the nearest: {nearest}", why)
+    hint = f"the nearest: {nearest}" if nearest else "none is like it" if devices else "it has no PCI devices"
+    return OptionError(selector.option, selector.value, f"what names devices of this host; {hint}", why)

@@ -145,7 +145,7 @@ def test_kernel_image_missing(ready_machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"devices": ()}, "devices: .*1 to 29"),
+        ({"devices": (NVME,) * 30}, "devices: .*1 to 29"),
         ({"memory": 64}, "memory: 64 .*128 MiB"),
         ({"cpus": 0}, "cpus: 0 "),
         ({"timeout": 1}, "timeout: 1 "),
@@ -159,6 +159,13 @@ def test_bad_options(ready_machine: Machine, options: dict[str, t.Any], words: s
     for pending in (False, True):
         with pytest.raises(OptionError, match=words):
             _guest.prepare(ready_machine.host, Request(**{"devices": (NVME,), "pending": pending, **options}))
+
+
+def test_without_devices_there_is_no_guest_unless_they_are_still_to_come(ready_machine: Machine) -> None:
+    with pytest.raises(OptionError, match="1 to 29"):
+        _guest.prepare(ready_machine.host, Request(devices=()))
+    with pytest.raises(HostError, match="QEMU is not installed"):
+        _guest.prepare(ready_machine.host, Request(devices=(), pending=True))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ansible_collections.iommufd.host.tests.unit.machine import Machine
     [
         (["nvme0"], "devices[0]: 'nvme0' is not accepted"),
         (["02:00.0", {"vendor": "8086"}], "devices[1]: "),
-        ([{"class": "sata"}], "the nearest: "),
+        ([{"class": "sata"}], "what names devices of this host; none is like it"),
         (["03:00.0"], "devices[0]: '03:00.0' is not accepted: there is no such device"),
     ],
 )

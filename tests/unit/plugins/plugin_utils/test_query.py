@@ -74,6 +74,11 @@ def test_host_and_controller_choose_alike() -> None:
     here = choose(parse_selectors("devices", [selector], compile_query), DEVICES)
     there = choose(parse_selectors("devices", answer_queries("devices", [selector], DEVICES)), DEVICES)
     assert here == there
+    nothing = answer_queries("devices", [{"query": "driver == 'tg3'"}], DEVICES)
+    with pytest.raises(
+        OptionError, match=r"^devices\[0\]: \{'query': \"driver == 'tg3'\"\} is not accepted: it matches"
+    ):
+        choose(parse_selectors("devices", nothing), DEVICES)
     assert here.chosen[0].reason == "query driver == 'nvme', devices[0]"
 
 
