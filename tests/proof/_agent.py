@@ -127,6 +127,7 @@ def sh(script: str, timeout: float) -> Json:
             timeout=timeout,
             text=True,
             errors="replace",
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         return {"rc": -1, "out": f"did not end within {timeout} s: {error.output!r}"}

@@ -127,7 +127,9 @@ class LabHost:
     def lab(self, state: str) -> None:
         """Bring the host to a state with the collection's own playbook."""
         command = ["ansible-playbook", "-i", str(self.inventory), "iommufd.host.lab", "-e", f"lab_state={state}"]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"lab_state={state} failed:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
 
@@ -141,7 +143,9 @@ class LabHost:
         """Shut down and boot in an orderly way, from within."""
         before = self.sh("cat /proc/sys/kernel/random/boot_id").strip()
         self._hang_up()
-        subprocess.run(self._ssh("systemctl reboot"), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        subprocess.run(
+            self._ssh("systemctl reboot"), stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        )
         self.await_boot(before)
 
     def await_boot(self, before: str, timeout: float = 600) -> None:
@@ -150,7 +154,9 @@ class LabHost:
         while time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 command = self._ssh("cat /proc/sys/kernel/random/boot_id")
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+                )
                 if done.returncode == 0 and done.stdout.strip() != before:
                     return
             time.sleep(1)
@@ -167,7 +173,7 @@ class LabHost:
         command += [json.dumps(options), *(["--check", "--diff"] if check_mode else [])]
         environment = dict(os.environ, ANSIBLE_NOCOLOR="1", ANSIBLE_CALLBACK_RESULT_FORMAT="json")
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900, env=environment
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900, env=environment, check=False
         )
         match = re.search(r"^\S+ \| (\w+)!? => (\{.*\})\s*$", done.stdout, re.MULTILINE | re.DOTALL)
         if match is None:
@@ -179,7 +185,7 @@ class LabHost:
     def aside(self, script: str, timeout: float = 300) -> str:
         """Run a shell script over a connection of its own, while the agent is busy."""
         done = subprocess.run(
-            self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+            self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
         )
         check(done.returncode == 0, f"`{script}` ended with status {done.returncode}: {done.stderr}")
         return done.stdout
@@ -208,14 +214,23 @@ class LabHost:
         environment = dict(os.environ, ANSIBLE_KEEP_REMOTE_FILES="1")
         command = ["ansible", "-i", str(self.directory / "inventory.yml"), self.name, "-m", module, "--check", "-a"]
         options = json.dumps({"devices": ["0000:00:03.0"]})  # refused, which does not matter here
-        subprocess.run([*command, options], stdin=subprocess.DEVNULL, capture_output=True, timeout=300, env=environment)
+        subprocess.run(
+            [*command, options],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=300,
+            env=environment,
+            check=False,
+        )
         for source in (HERE / "_agent.py", HOST_STATE):
             self.put(source.read_bytes(), f"/var/tmp/proof/{source.name}")
         script = (
             "set -e; cd /root/.ansible/tmp/ansible-tmp-*; python3 AnsiballZ_vfio_bind.py explode >/dev/null; "
             "rm -rf /var/tmp/proof/payload; mv debug_dir /var/tmp/proof/payload; cd /; rm -rf /root/.ansible; sync"
         )
-        done = subprocess.run(self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            self._ssh(script), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
+        )
         check(done.returncode == 0, f"the module could not be unpacked: {done.stderr}")
 
     def put(self, content: bytes, path: str) -> None:
