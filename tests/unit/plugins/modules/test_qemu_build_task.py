@@ -69,7 +69,7 @@ class Action(action.ActionModule):
         return call(self._task.check_mode, **given)
 
     def _low_level_execute_command(self, cmd: str, sudoable: bool = True) -> Result:
-        return {"stdout": subprocess.run(["sh", "-c", cmd], capture_output=True, text=True).stdout}
+        return {"stdout": subprocess.run(["sh", "-c", cmd], capture_output=True, text=True, check=False).stdout}
 
     def go(self) -> Result:
         """What :meth:`run` does after Ansible's own preparations."""
