@@ -40,7 +40,7 @@ def directory(monkeypatch: pytest.MonkeyPatch) -> t.Iterator[str]:
     place = tempfile.mkdtemp(dir="/var/tmp", prefix="iommufd-host-test-")
     os.chmod(place, 0o755)
     monkeypatch.setattr(_packages, "RECORD", f"{place}/packages")  # nor take away what is here because of a real build
-    yield f"{place}/cache"
+    yield f"{place}/iommufd-host/qemu"
     shutil.rmtree(place)
 
 
@@ -107,7 +107,7 @@ def test_built_shown_fetched_and_then_nothing_more(directory: str, tmp_path: pat
     os.unlink(first["local"])
     assert Action(arguments).go()["changed"]  # fetched again
     removed = call(state="absent", directory=directory)
-    assert removed["changed"] and not os.path.exists(directory)
+    assert removed["changed"] and not os.path.exists(os.path.dirname(directory))
     assert not call(state="absent", directory=directory)["changed"]
 
 
