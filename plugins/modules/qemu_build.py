@@ -272,6 +272,7 @@ lock_file:
   type: str
 """
 
+import contextlib
 import functools
 import os
 import platform
@@ -501,7 +502,7 @@ def _plan_absent(host: Host, builder: _qemu_build.Builder) -> Outcome:
                 builder.directory,
                 keys or "downloads\n",
                 "",
-                do=functools.partial(shutil.rmtree, builder.directory),
+                do=functools.partial(_remove, builder.directory),
             )
         )
     removal = _packages.plan_removal(host, _qemu_build.PURPOSE, _qemu_profile.all_packages())
@@ -518,6 +519,14 @@ def _plan_absent(host: Host, builder: _qemu_build.Builder) -> Outcome:
         )
     result = {"key": None, "running": False, "packages_purged": removal.purge, "packages_kept": removal.keep}
     return Outcome(plan, result)
+
+
+def _remove(directory: str) -> None:
+    shutil.rmtree(directory)
+    parent = os.path.dirname(directory)
+    if os.path.basename(parent) == "iommufd-host":  # made with it, unless something else of ours lies there
+        with contextlib.suppress(OSError):
+            os.rmdir(parent)
 
 
 def work(module: AnsibleModule) -> Outcome:
