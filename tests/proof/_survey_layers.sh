@@ -60,6 +60,9 @@ give 0000:07:00.0
 setsid qemu-system-x86_64 -name guest=proof -machine q35 -accel tcg -m 64 -nodefaults -display none -S \
     -device vfio-pci,host=0000:07:00.0 >/tmp/guest.log 2>&1 </dev/null &
 
+# The emulator answers IPv6 router solicitations; new interfaces shall have what is given to them here, and no more.
+sysctl --quiet --write net.ipv6.conf.default.accept_ra=0
+
 # A VLAN on a bond on two ports, with addresses of both kinds and a route.
 modprobe bonding mode=1 max_bonds=0 miimon=100
 ip link add bond0 type bond mode active-backup miimon 100
