@@ -16,6 +16,7 @@ import types
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.urls import open_url
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
@@ -40,6 +41,15 @@ class Outcome:
 
 
 Work = t.Callable[[AnsibleModule], Outcome]
+
+
+def open_location(url: str, timeout: float) -> t.Any:
+    """Open a URL for reading, as it is, by way of the proxies and certificates that Ansible uses.
+
+    Raises:
+        OSError: it cannot be had; most often a ``urllib.error.URLError``.
+    """
+    return open_url(url, timeout=timeout, decompress=False)
 
 
 def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> None:

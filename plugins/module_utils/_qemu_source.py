@@ -22,9 +22,9 @@ import tarfile
 import typing as t
 import urllib.error
 import urllib.parse
-import urllib.request
 import zlib
 
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import open_location
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._plan import run
@@ -278,7 +278,7 @@ def download(url: str, path: str, checksum: str) -> None:
     partial = f"{path}.part"
     digest = hashlib.sha256()
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(partial, "wb") as file:
+        with open_location(url, timeout=60) as answer, open(partial, "wb") as file:
             expected = answer.headers.get("Content-Length")
             for chunk in iter(lambda: answer.read(_CHUNK), b""):
                 digest.update(chunk)
@@ -461,7 +461,7 @@ def _verify_signature(source: Source, found: Fetched, downloads: str) -> None:
     try:
         if not signature.startswith("/"):
             try:
-                with urllib.request.urlopen(signature, timeout=60) as answer, open(temporary, "wb") as file:
+                with open_location(signature, timeout=60) as answer, open(temporary, "wb") as file:
                     file.write(answer.read(_TEXT_LIMIT))
             except OSError as error:
                 raise HostError(f"the signature {_bare_url(signature)} did not come: {error}") from error

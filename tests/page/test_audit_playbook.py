@@ -60,6 +60,7 @@ class Audit:
             capture_output=True,
             text=True,
             timeout=300,
+            check=False,
         )
 
 
