@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import typing as t
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import Report, build_report
 from ansible_collections.iommufd.host.plugins.plugin_utils._readiness import ESSENTIAL
+
+# A busy machine is no reason to fail.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 TIME = "2026-11-22T11:20:00Z"
 

@@ -11,7 +11,14 @@ from hypothesis import given
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_junit import to_junit
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import Report
-from ansible_collections.iommufd.host.tests.unit.reports import REPORTS, check, good_checks, hostile_report, report
+from ansible_collections.iommufd.host.tests.unit.reports import (
+    REPORTS,
+    check,
+    good_checks,
+    hostile_report,
+    report,
+    unhurried,
+)
 
 # What XML 1.0 allows, https://www.w3.org/TR/xml/#charsets
 _XML = re.compile("[\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")
@@ -73,6 +80,7 @@ def test_hostile_hosts() -> None:
     assert len(suites) == len(hostile_report()["hosts"])
 
 
+@unhurried
 @given(REPORTS)
 def test_whatever_a_survey_holds(made: Report) -> None:
     suites = parse(made)

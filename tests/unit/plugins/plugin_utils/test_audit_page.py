@@ -22,6 +22,7 @@ from ansible_collections.iommufd.host.tests.unit.reports import (
     good_checks,
     hostile_report,
     report,
+    unhurried,
 )
 
 
@@ -182,6 +183,7 @@ def test_hostile_hosts() -> None:
     assert all(re.fullmatch(r"#host/[A-Za-z0-9._~%-]*", href) for href in hrefs)
 
 
+@unhurried
 @given(REPORTS)
 def test_whatever_a_survey_holds(made: Report) -> None:
     _shared, hosts = Page(made).data()

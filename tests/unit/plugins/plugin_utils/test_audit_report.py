@@ -24,6 +24,7 @@ from ansible_collections.iommufd.host.tests.unit.reports import (
     good_checks,
     hostile_report,
     report,
+    unhurried,
 )
 
 
@@ -72,6 +73,7 @@ def test_json_is_the_report_with_a_host_a_line() -> None:
     assert json.loads("".join(to_json(report()))) == report()
 
 
+@unhurried
 @given(REPORTS)
 def test_whatever_a_survey_holds(made: Report) -> None:
     json.loads("".join(to_json(made)))

@@ -8,7 +8,14 @@ from hypothesis import given
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import Report
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_table import to_table
-from ansible_collections.iommufd.host.tests.unit.reports import REPORTS, check, good_checks, hostile_report, report
+from ansible_collections.iommufd.host.tests.unit.reports import (
+    REPORTS,
+    check,
+    good_checks,
+    hostile_report,
+    report,
+    unhurried,
+)
 
 
 def test_a_small_fleet() -> None:
@@ -66,6 +73,7 @@ def test_hostile_hosts_do_not_drive_the_terminal() -> None:
             assert len(line) <= 120
 
 
+@unhurried
 @given(REPORTS)
 def test_whatever_a_survey_holds(made: Report) -> None:
     for limit in (40, 1):
