@@ -40,6 +40,29 @@ INIT
     rm -rf "$work"
 }
 
+# How QEMU gets the devices: it opens them itself, as with a libvirt before 12.1, or libvirt passes descriptors.
+opening() {
+    cat <<XML
+  <qemu:commandline>
+    <qemu:arg value='-object'/><qemu:arg value='iommufd,id=iommufd0'/>
+    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:01:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x10'/>
+    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:02:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x11'/>
+  </qemu:commandline>
+XML
+}
+
+passing() {
+    for bus in 0x01 0x02; do
+        cat <<XML
+    <hostdev mode='subsystem' type='pci' managed='no'>
+      <driver name='vfio' iommufd='yes'/>
+      <source><address domain='0x0000' bus='$bus' slot='0x00' function='0x0'/></source>
+    </hostdev>
+XML
+    done
+}
+
+# domain DEVICES EXTENSION: XML within <devices>, and after it.
 domain() {
     cat <<XML
 <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -60,12 +83,9 @@ domain() {
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <serial type='file'><source path='$serial'/></serial>
     <memballoon model='none'/>
+$1
   </devices>
-  <qemu:commandline>
-    <qemu:arg value='-object'/><qemu:arg value='iommufd,id=iommufd0'/>
-    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:01:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x10'/>
-    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:02:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x11'/>
-  </qemu:commandline>
+$2
 </domain>
 XML
 }
@@ -76,15 +96,16 @@ seen() {
     grep -aq 'PROOF nvme PROOF0' "$1"
 }
 
+# libvirt DEVICES EXTENSION
 libvirt() {
     virsh --quiet destroy proof 2>/dev/null || true
     rm -f "$serial"
-    domain >/var/tmp/proof/domain.xml
+    domain "$@" >/var/tmp/proof/domain.xml
     virsh --quiet create /var/tmp/proof/domain.xml
     local pid
     pid=$(pgrep -f 'guest=proof,' | head -1)
     echo "QEMU runs as $(ps -o user= -p "$pid"), capabilities $(awk '/^CapEff/ { print $2 }' "/proc/$pid/status")"
-    echo "QEMU opened $(readlink /proc/"$pid"/fd/* | grep -E '^/dev/(iommu|vfio/)' | sort | tr '\n' ' ')"
+    echo "QEMU holds $(readlink /proc/"$pid"/fd/* | grep -E '^/dev/(iommu|vfio/)' | sort | tr '\n' ' ')"
     echo "profile $(cat "/proc/$pid/attr/current")"
     for _second in $(seq "$wait_for"); do
         grep -aq 'PROOF end' "$serial" && break
@@ -132,7 +153,8 @@ forget() {
 
 case $1 in
 prepare) prepare ;;
-libvirt) libvirt ;;
+libvirt) libvirt "" "$(opening)" ;;
+libvirt-passing) libvirt "$(passing)" "" ;;
 unit) write_unit ;;
 launch) launch ;;
 forget) forget ;;

@@ -2,11 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""On the lab host, in mode group: break each link between QEMU and the nodes, have the probe name it, see what a guest
-of libvirt says, mend it, and have the probe find the chain whole again. One process: on an emulated host each start
-counts.
+"""On the lab host: break each link between QEMU and the nodes, have the probe name it, see what a guest of libvirt says,
+mend it, and have the probe find the chain whole again. One process: on an emulated host each start counts.
 
-Prints a line for each link and writes the rows to the file named on the command line; fails where a link was not named.
+usage: _access_links.py MODE FILE [CASE...]     MODE: group, or launcher (a libvirt that passes descriptors)
+
+Prints a line for each link and writes the rows to the file; fails where a link was not named.
 """
 
 from __future__ import annotations
@@ -77,7 +78,18 @@ BIND = "modprobe iommufd; modprobe vfio-pci; " + "; ".join(
     f"[ -e {VFIO}/{address} ] || echo {address} >/sys/bus/pci/drivers_probe" for address in ADDRESSES
 )
 
-CASES = [
+MISSING = [
+    Case(
+        "device on no vfio driver",
+        "exists",
+        "0000:02:00.0 has no vfio character device: it is bound to no driver",
+        f"echo 0000:02:00.0 >{VFIO}/unbind",
+        BIND,
+    ),
+    Case("module not loaded", "exists", "the module iommufd is not loaded", f"{UNBIND}; {UNLOAD}", BIND),
+]
+
+GROUP = [
     Case(
         "group membership",
         "dac",
@@ -113,14 +125,40 @@ CASES = [
     Case(
         "limit on pinned memory", "memlock", "may pin 64 MiB", memlock(False), memlock(True), "Cannot allocate memory"
     ),
+    *MISSING,
+]
+
+POLICY = "/run/systemd/system/libvirtd.service.d/proof.conf"
+DENY = "/etc/apparmor.d/local/usr.sbin.libvirtd"
+RELOAD = "apparmor_parser -r /etc/apparmor.d/usr.sbin.libvirtd"
+
+# libvirt's daemon opens the nodes; QEMU must not be able to.
+LAUNCHER = [
     Case(
-        "device on no vfio driver",
-        "exists",
-        "0000:02:00.0 has no vfio character device: it is bound to no driver",
-        f"echo 0000:02:00.0 >{VFIO}/unbind",
-        BIND,
+        "device policy of libvirt's daemon",
+        "cgroup",
+        "device policy of libvirtd.service .* forbids /dev/iommu to root",
+        f"mkdir -p $(dirname {POLICY}); printf '[Service]\\nDevicePolicy=closed\\nDeviceAllow=/dev/kvm rw\\n' >{POLICY}; "
+        "systemctl daemon-reload; systemctl restart libvirtd",
+        f"rm -r $(dirname {POLICY}); systemctl daemon-reload; systemctl restart libvirtd",
+        "Operation not permitted",
     ),
-    Case("module not loaded", "exists", "the module iommufd is not loaded", f"{UNBIND}; {UNLOAD}", BIND),
+    Case(
+        "AppArmor's profile of libvirt's daemon",
+        "lsm",
+        "AppArmor's profile libvirtd forbids /dev/iommu",
+        f"cp -p {DENY} /var/tmp/proof/local; echo 'deny /dev/iommu rw,' >>{DENY}; {RELOAD}",
+        f"cp -p /var/tmp/proof/local {DENY}; {RELOAD}",
+        "Permission denied",
+    ),
+    Case(
+        "node that everybody may open",
+        "dac",
+        "libvirt-qemu could open /dev/iommu itself",
+        "chmod 0666 /dev/iommu",
+        "chmod 0660 /dev/iommu",
+    ),
+    *MISSING,
 ]
 
 
@@ -134,29 +172,33 @@ def change(host: Host, how: str | t.Callable[[Host], Plan]) -> None:
         plan.apply()
 
 
-def probe(host: Host) -> dict[str, t.Any]:
+def probe(host: Host, launcher: bool) -> dict[str, t.Any]:
     libvirt = _access.read_libvirt(host, _access.DEFAULT_PATH)
-    place = _probe.libvirt_place(host, libvirt, False, None, None)
+    place = _probe.libvirt_place(host, libvirt, launcher, None, None)
     return _probe.probe(host, place, _probe.find_targets(host, ADDRESSES), 1 << 30, 300)
 
 
 def main() -> int:
     host = Host()
-    wanted = sys.argv[2:]
+    mode, result, *wanted = sys.argv[1:]
+    launcher = mode == "launcher"
     rows = []
-    for case in CASES:
+    for case in LAUNCHER if launcher else GROUP:
         if wanted and case.name not in wanted:
             continue
         change(host, case.break_)
-        broken = probe(host)["broken"] or {"link": None, "detail": "nothing is broken"}
+        broken = probe(host, launcher)["broken"] or {"link": None, "detail": "nothing is broken"}
         said = ""
         if case.guest is not None:
             guest = subprocess.run(
-                ["/var/tmp/proof/_access_guest.sh", "libvirt"], capture_output=True, text=True, check=False
+                ["/var/tmp/proof/_access_guest.sh", "libvirt-passing" if launcher else "libvirt"],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             said = guest.stderr.strip() if guest.returncode else "the guest started"
         change(host, case.mend)
-        mended = probe(host)
+        mended = probe(host, launcher)
         good = (
             broken["link"] == case.link
             and re.search(case.says, broken["detail"]) is not None
@@ -168,7 +210,7 @@ def main() -> int:
             f"{'ok' if good else 'NOT OK'}: {case.name}: {broken['link']}: {broken['detail']} | {said[-300:]}",
             flush=True,
         )
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
+        with open(result, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1)
     return 0 if all(row["good"] for row in rows) else 1
 
