@@ -129,6 +129,8 @@ GROUP = [
 ]
 
 POLICY = "/run/systemd/system/libvirtd.service.d/proof.conf"
+CLOSED = r"[Service]\nDevicePolicy=closed\nDeviceAllow=/dev/kvm rw\n"
+RESTART = "systemctl daemon-reload; systemctl restart libvirtd"
 DENY = "/etc/apparmor.d/local/usr.sbin.libvirtd"
 RELOAD = "apparmor_parser -r /etc/apparmor.d/usr.sbin.libvirtd"
 
@@ -138,9 +140,8 @@ LAUNCHER = [
         "device policy of libvirt's daemon",
         "cgroup",
         "device policy of libvirtd.service .* forbids /dev/iommu to root",
-        f"mkdir -p $(dirname {POLICY}); printf '[Service]\\nDevicePolicy=closed\\nDeviceAllow=/dev/kvm rw\\n' >{POLICY}; "
-        "systemctl daemon-reload; systemctl restart libvirtd",
-        f"rm -r $(dirname {POLICY}); systemctl daemon-reload; systemctl restart libvirtd",
+        f"mkdir -p $(dirname {POLICY}); printf '{CLOSED}' >{POLICY}; {RESTART}",
+        f"rm -r $(dirname {POLICY}); {RESTART}",
         "Operation not permitted",
     ),
     Case(
