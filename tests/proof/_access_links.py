@@ -2,8 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""On the lab host: break each link between QEMU and the nodes, have the probe name it, see what a guest of libvirt says,
-mend it, and have the probe find the chain whole again. One process: on an emulated host each start counts.
+"""On the lab host: break each link between QEMU and the nodes, have the probe name it, see what a guest of libvirt
+says, mend it, and have the probe find the chain whole again. One process: on an emulated host each start counts.
 
 usage: _access_links.py MODE FILE [CASE...]     MODE: group, or launcher (a libvirt that passes descriptors)
 
