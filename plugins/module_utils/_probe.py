@@ -198,8 +198,6 @@ def libvirt_place(host: Host, libvirt: Libvirt, launcher: bool, user: str | None
     qemu = find_actor(host, "user" if user else f"user in {libvirt.path}", name, group)
     listed = _qemu_conf.active_list(libvirt.content)
     allow = tuple(libvirt.default if listed is None else listed)
-    if "/dev/kvm" not in libvirt.default:
-        allow += ("/dev/kvm",)  # such a libvirt adds it by itself for a guest that uses KVM
     controllers = settings.get("cgroup_controllers")
     limited = controllers is None or (isinstance(controllers, list) and "devices" in controllers)
     limit, source = _daemon_limit(host)
