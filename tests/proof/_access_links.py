@@ -101,13 +101,16 @@ MISSING = [
     Case("module not loaded", "exists", "the module iommufd is not loaded", f"{UNBIND}; {UNLOAD}", BIND),
 ]
 
+ACCOUNTS = "passwd group shadow gshadow"
+
 GROUP = [
     Case(
         "group membership",
         "dac",
         "neither its owner nor in kvm",
-        "usermod -g libvirt-qemu libvirt-qemu",
-        "usermod -g kvm libvirt-qemu",
+        # Debian 13 has kvm as the user's own group, forky among the further ones.
+        f"cd /etc; cp -p {ACCOUNTS} /var/tmp/proof; usermod -g libvirt-qemu -G '' libvirt-qemu",
+        f"cd /var/tmp/proof; cp -p {ACCOUNTS} /etc",
     ),
     Case("mode of the node", "dac", "root:kvm 0600", "chmod 0600 /dev/iommu", udev),
     Case("mode of a cdev", "dac", "devices/vfio[01]: root:kvm 0600", "chmod 0600 /dev/vfio/devices/vfio0", udev),
@@ -124,7 +127,8 @@ GROUP = [
         "cgroup_device_acl does not list /dev/iommu",
         acl(False),
         acl(True),
-        "Failed to open /dev/vfio/devices",
+        # QEMU 10.0, and 11.1.
+        "Failed to open /dev/vfio/devices|/dev/iommu does not exist",
     ),
     Case(
         "AppArmor",
