@@ -9,6 +9,7 @@ set -euo pipefail
 
 images=/var/lib/libvirt/images
 serial=/var/log/libvirt/qemu/proof-serial.log
+uuid=0d5f7a3e-8f0c-4b57-9f1c-6f2f6f0e8a11
 unit=/etc/systemd/system/proof-guest.service
 wait_for=${WAIT:-300}
 
@@ -67,7 +68,7 @@ domain() {
     cat <<XML
 <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>proof</name>
-  <uuid>0d5f7a3e-8f0c-4b57-9f1c-6f2f6f0e8a11</uuid>
+  <uuid>$uuid</uuid>
   <memory unit='MiB'>512</memory>
   <vcpu>1</vcpu>
   <os>
@@ -147,7 +148,8 @@ launch() {
 
 forget() {
     systemctl stop proof-guest.service
-    rm -f "$unit"
+    # libvirt leaves its profile behind where a start has failed.
+    rm -f "$unit" "/etc/apparmor.d/libvirt/libvirt-$uuid"
     systemctl daemon-reload
 }
 

@@ -101,7 +101,7 @@ MISSING = [
     Case("module not loaded", "exists", "the module iommufd is not loaded", f"{UNBIND}; {UNLOAD}", BIND),
 ]
 
-ACCOUNTS = "passwd group shadow gshadow"
+ACCOUNTS = "passwd group shadow gshadow passwd- group- shadow- gshadow-"
 
 GROUP = [
     Case(
