@@ -42,7 +42,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._pci import (
     DEVICES,
     Function,
     address_key,
-    read_function,
     read_functions,
     vf_addresses,
 )
@@ -612,10 +611,16 @@ class _Claims:
 # -- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def verify(host: Host, request: Request, binding: Binding) -> None:
+def verify(host: Host, request: Request, binding: Binding, functions: t.Mapping[str, Function]) -> None:
     """Look at the host again: every function must have what was promised.
 
     A driver of the host that does not take its device back is none of our doing: that is a warning.
+
+    Args:
+        host: the host.
+        request: what was wanted.
+        binding: what was decided and done.
+        functions: all functions by address, as they are now.
 
     Raises:
         HostError: one does not; ``details`` has ``unkept``.
@@ -623,7 +628,7 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
     unkept = []
     promise: Promise | None = None
     for move in binding.moves:
-        function = read_function(host, move.address)
+        function = functions.get(move.address)
         if function is None:
             unkept.append(f"{move.address} is no longer there")
         elif move.to is None:
@@ -651,18 +656,21 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
         raise HostError("The host is not as promised: " + "; ".join(unkept) + ".", unkept=unkept)
 
 
-def describe(host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], planned: bool) -> list[dict[str, t.Any]]:
+def describe(
+    host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], functions: t.Mapping[str, Function] | None = None
+) -> list[dict[str, t.Any]]:
     """The functions of a call for the module's result.
 
     Args:
         host: the host.
         binding: the decided call.
         uses: uses by address.
-        planned: show what is to come (check mode) instead of what is there.
+        functions: all functions by address, as they are now; None: show what is to come (check mode).
     """
     result = []
+    planned = functions is None
     for move in binding.moves:
-        function = move.function if planned else read_function(host, move.address) or move.function
+        function = (functions or {}).get(move.address, move.function)
         device = function.to_dict()
         device["remembered"] = binding.names[move.address].to_dict() if move.to is not None else None
         device["in_use"] = [use.to_dict() for use in uses.get(move.address, [])]

@@ -20,8 +20,10 @@ from ansible_collections.iommufd.host.plugins.module_utils._binding import (
     verify,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._iommu import by_address
 from ansible_collections.iommufd.host.plugins.module_utils._memory import MEMORY
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names
+from ansible_collections.iommufd.host.plugins.module_utils._pci import read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import CONF, Entry, render
 from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, WriteFile
 from ansible_collections.iommufd.host.plugins.module_utils._udev import Access, rules_text
@@ -534,7 +536,7 @@ def verified(machine: Machine, binding: Binding, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_binding, "cdev_ready", lambda host, address: True)
     request = Request(devices=[NVME], persistent=False)
     try:
-        verify(machine.host, request, binding)
+        verify(machine.host, request, binding, by_address(read_functions(machine.host)))
     except HostError as error:
         return list(error.details["unkept"])
     return []
@@ -550,7 +552,8 @@ def test_a_stable_name_leads_to_the_cdev_or_it_is_an_error(server: Machine, monk
     binding = promised(server, 0o640, links=True)
     (words,) = verified(server, binding, monkeypatch)
     assert f"/dev/vfio/by-path/pci-{NVME} does not lead to {NODE}" in words
-    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] is None
+    now = by_address(read_functions(server.host))
+    assert describe(server.host, binding, {}, now)[0]["vfio_link"] is None
     server.link(f"/dev/vfio/by-path/pci-{NVME}", NODE)
     assert verified(server, binding, monkeypatch) == []
-    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] == f"/dev/vfio/by-path/pci-{NVME}"
+    assert describe(server.host, binding, {}, now)[0]["vfio_link"] == f"/dev/vfio/by-path/pci-{NVME}"
