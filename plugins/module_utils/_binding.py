@@ -322,11 +322,11 @@ def _refuse_uses(refusals: Refusals, situation: Situation, move: Move, force: bo
     return not vital
 
 
-def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
-    """A physical function's driver takes its VFs along when it goes."""
+def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> bool:
+    """A physical function's driver takes its VFs along when it goes; returns whether not even force may do that."""
     sriov = move.function.sriov
     if sriov is None or not sriov.num_vfs:
-        return
+        return False
     busy = []
     for address in sriov.vfs:
         function = situation.functions.get(address)
@@ -340,6 +340,7 @@ def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen
             "Set their number to 0 first",
             move.address,
         )
+    return bool(busy)
 
 
 def _refuse_group(refusals: Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
@@ -441,8 +442,9 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
         ready = not request.require_cdev or function.vfio_name is not None
         move.needed = not (function.driver == move.to and function.driver_override == move.to and ready)
         if function.driver != move.to:
-            helps = _refuse_uses(refusals, situation, move, request.force) or helps
-            _refuse_virtual(refusals, situation, move, chosen, request.force)
+            would = _refuse_uses(refusals, situation, move, request.force)
+            never = _refuse_virtual(refusals, situation, move, chosen, request.force)
+            helps = helps or (would and not never)
         if not (request.pending and function.iommu_group is None):
             _refuse_group(refusals, situation, move, chosen)
         if move.needed and not request.pending:

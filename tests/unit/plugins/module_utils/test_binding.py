@@ -254,6 +254,16 @@ def test_a_physical_function_is_not_taken_from_its_virtual_ones(server: Machine,
     assert "1 virtual functions" in refused(server, "05:00.0", "05:10.0", force=force)
 
 
+def test_force_is_not_offered_where_virtual_functions_stand_in_the_way(server: Machine) -> None:
+    path = server.pci("0000:05:00.0", "8086:10c9", driver="igb", group=20, sriov_totalvfs=7, sriov_numvfs=1)
+    vf = server.pci("0000:05:10.0", "8086:10ca", driver="vfio-pci", group=21)
+    server.link(f"{path}/virtfn0", vf)
+    server.link(f"{vf}/physfn", path)
+    message = refused(server, "05:00.0")
+    assert "kept for guests on vfio-pci" in message
+    assert "force=true" not in message
+
+
 @pytest.mark.parametrize("bound", [True, False])
 def test_a_device_whose_lock_is_held_is_refused(server: Machine, bound: bool) -> None:
     situation = read_situation(server.host)
