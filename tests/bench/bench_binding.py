@@ -21,7 +21,7 @@ from bench import CHECKOUT, HERE, Row
 
 LAB = CHECKOUT / "build" / "bench" / "lab"
 DECLARED = HERE / "_binding" / "hosts.yml"
-ROUNDS = 3
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
 
 PFS = [{"address": f"0000:{bus:02x}:00.0", "vfs": 7, "autoprobe": True} for bus in range(1, 9)]
 
