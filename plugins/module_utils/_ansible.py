@@ -16,7 +16,6 @@ import types
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.urls import open_url
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
@@ -49,6 +48,9 @@ def open_location(url: str, timeout: float) -> t.Any:
     Raises:
         OSError: it cannot be had; most often a ``urllib.error.URLError``.
     """
+    # Not above: few modules need it, and each would first read it and all that it brings along (http, email, ssl).
+    from ansible.module_utils.urls import open_url
+
     return open_url(url, timeout=timeout, decompress=False)
 
 

@@ -42,7 +42,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._pci import (
     DEVICES,
     Function,
     address_key,
-    read_function,
     read_functions,
     vf_addresses,
 )
@@ -323,11 +322,11 @@ def _refuse_uses(refusals: Refusals, situation: Situation, move: Move, force: bo
     return not vital
 
 
-def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> None:
-    """A physical function's driver takes its VFs along when it goes."""
+def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen: set[str], force: bool) -> bool:
+    """A physical function's driver takes its VFs along when it goes; returns whether not even force may do that."""
     sriov = move.function.sriov
     if sriov is None or not sriov.num_vfs:
-        return
+        return False
     busy = []
     for address in sriov.vfs:
         function = situation.functions.get(address)
@@ -341,6 +340,7 @@ def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen
             "Set their number to 0 first",
             move.address,
         )
+    return bool(busy)
 
 
 def _refuse_group(refusals: Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
@@ -442,8 +442,9 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
         ready = not request.require_cdev or function.vfio_name is not None
         move.needed = not (function.driver == move.to and function.driver_override == move.to and ready)
         if function.driver != move.to:
-            helps = _refuse_uses(refusals, situation, move, request.force) or helps
-            _refuse_virtual(refusals, situation, move, chosen, request.force)
+            would = _refuse_uses(refusals, situation, move, request.force)
+            never = _refuse_virtual(refusals, situation, move, chosen, request.force)
+            helps = helps or (would and not never)
         if not (request.pending and function.iommu_group is None):
             _refuse_group(refusals, situation, move, chosen)
         if move.needed and not request.pending:
@@ -612,10 +613,16 @@ class _Claims:
 # -- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def verify(host: Host, request: Request, binding: Binding) -> None:
+def verify(host: Host, request: Request, binding: Binding, functions: t.Mapping[str, Function]) -> None:
     """Look at the host again: every function must have what was promised.
 
     A driver of the host that does not take its device back is none of our doing: that is a warning.
+
+    Args:
+        host: the host.
+        request: what was wanted.
+        binding: what was decided and done.
+        functions: all functions by address, as they are now.
 
     Raises:
         HostError: one does not; ``details`` has ``unkept``.
@@ -623,7 +630,7 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
     unkept = []
     promise: Promise | None = None
     for move in binding.moves:
-        function = read_function(host, move.address)
+        function = functions.get(move.address)
         if function is None:
             unkept.append(f"{move.address} is no longer there")
         elif move.to is None:
@@ -651,18 +658,21 @@ def verify(host: Host, request: Request, binding: Binding) -> None:
         raise HostError("The host is not as promised: " + "; ".join(unkept) + ".", unkept=unkept)
 
 
-def describe(host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], planned: bool) -> list[dict[str, t.Any]]:
+def describe(
+    host: Host, binding: Binding, uses: t.Mapping[str, list[Use]], functions: t.Mapping[str, Function] | None = None
+) -> list[dict[str, t.Any]]:
     """The functions of a call for the module's result.
 
     Args:
         host: the host.
         binding: the decided call.
         uses: uses by address.
-        planned: show what is to come (check mode) instead of what is there.
+        functions: all functions by address, as they are now; None: show what is to come (check mode).
     """
     result = []
+    planned = functions is None
     for move in binding.moves:
-        function = move.function if planned else read_function(host, move.address) or move.function
+        function = (functions or {}).get(move.address, move.function)
         device = function.to_dict()
         device["remembered"] = binding.names[move.address].to_dict() if move.to is not None else None
         device["in_use"] = [use.to_dict() for use in uses.get(move.address, [])]

@@ -499,7 +499,14 @@ class TellVfs(Step):
             raise HostError(f"{driver} took it without an error, but {'; '.join(unlike)}")
 
     def undo(self) -> None:
-        tell(self.nic, self.had)
+        # Not what it still has: a driver that refused a setting refuses the way back as well.
+        tell(self.nic, _still_to_tell(self.host, self.nic, self.had))
+
+
+def _still_to_tell(host: Host, nic: str, settings: t.Mapping[int, VfSettings]) -> dict[int, VfSettings]:
+    """Of settings, what the driver does not report already."""
+    now = read_settings(host, nic) or {}
+    return {index: one.differing(now.get(index, VfSettings())) for index, one in settings.items()}
 
 
 def tell(nic: str, settings: t.Mapping[int, VfSettings]) -> None:
@@ -552,9 +559,7 @@ class RemoveVfs(Step):
         number.autoprobe(False)
         number.set(physical.count)
         if physical.nic is not None and physical.settings:
-            now = read_settings(number.host, physical.nic) or {}
-            had = physical.settings
-            tell(physical.nic, {index: had[index].differing(now.get(index, VfSettings())) for index in had})
+            tell(physical.nic, _still_to_tell(number.host, physical.nic, physical.settings))
         number.autoprobe(physical.autoprobe)
         for vf in physical.vfs:
             device = f"{DEVICES}/{vf.address}"

@@ -373,6 +373,8 @@ from ansible_collections.iommufd.host.plugins.module_utils._binding import (
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._iommu import by_address
+from ansible_collections.iommufd.host.plugins.module_utils._pci import read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import settle
 
@@ -398,14 +400,15 @@ def work(module: AnsibleModule) -> Outcome:
     binding = decide(host, situation, request)
 
     def after() -> dict[str, t.Any]:
-        uses = situation.uses
         if binding.plan.changed:
             settle(host)  # names and permissions of new nodes are udev's work; the next task may rely on them
-            uses = all_uses(host)
-        verify(host, request, binding)
-        return {"devices": describe(host, binding, uses, planned=False)}
+        functions = read_functions(host)
+        uses = all_uses(host, functions) if binding.plan.changed else situation.uses
+        now = by_address(functions)
+        verify(host, request, binding, now)
+        return {"devices": describe(host, binding, uses, now)}
 
-    result = {"devices": describe(host, binding, situation.uses, planned=True), "reboot_required": False}
+    result = {"devices": describe(host, binding, situation.uses), "reboot_required": False}
     return Outcome(binding.plan, result, after, binding.warnings)
 
 

@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import typing as t
 
 import pytest
@@ -53,3 +56,11 @@ def test_an_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     answer = outcome(work, capsys)
     assert answer["failed"]
     assert answer["msg"] == "mode: 'abc' is not accepted. Accepted: an octal mode such as 0660."
+
+
+def test_a_module_starts_without_what_few_need() -> None:
+    what = "ansible_collections.iommufd.host.plugins.modules.vfio_bind"
+    script = f"import {what}, sys; print('ansible.module_utils.urls' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"

@@ -20,8 +20,10 @@ from ansible_collections.iommufd.host.plugins.module_utils._binding import (
     verify,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._iommu import by_address
 from ansible_collections.iommufd.host.plugins.module_utils._memory import MEMORY
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names
+from ansible_collections.iommufd.host.plugins.module_utils._pci import read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import CONF, Entry, render
 from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile, WriteFile
 from ansible_collections.iommufd.host.plugins.module_utils._udev import Access, rules_text
@@ -250,6 +252,16 @@ def test_a_physical_function_is_not_taken_from_its_virtual_ones(server: Machine,
     server.pci("0000:05:10.0", "8086:10ca", driver="igbvf", group=21)
     server.link(f"{path}/virtfn0", server.paths["0000:05:10.0"])
     assert "1 virtual functions" in refused(server, "05:00.0", "05:10.0", force=force)
+
+
+def test_force_is_not_offered_where_virtual_functions_stand_in_the_way(server: Machine) -> None:
+    path = server.pci("0000:05:00.0", "8086:10c9", driver="igb", group=20, sriov_totalvfs=7, sriov_numvfs=1)
+    vf = server.pci("0000:05:10.0", "8086:10ca", driver="vfio-pci", group=21)
+    server.link(f"{path}/virtfn0", vf)
+    server.link(f"{vf}/physfn", path)
+    message = refused(server, "05:00.0")
+    assert "kept for guests on vfio-pci" in message
+    assert "force=true" not in message
 
 
 @pytest.mark.parametrize("bound", [True, False])
@@ -534,7 +546,7 @@ def verified(machine: Machine, binding: Binding, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_binding, "cdev_ready", lambda host, address: True)
     request = Request(devices=[NVME], persistent=False)
     try:
-        verify(machine.host, request, binding)
+        verify(machine.host, request, binding, by_address(read_functions(machine.host)))
     except HostError as error:
         return list(error.details["unkept"])
     return []
@@ -550,7 +562,8 @@ def test_a_stable_name_leads_to_the_cdev_or_it_is_an_error(server: Machine, monk
     binding = promised(server, 0o640, links=True)
     (words,) = verified(server, binding, monkeypatch)
     assert f"/dev/vfio/by-path/pci-{NVME} does not lead to {NODE}" in words
-    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] is None
+    now = by_address(read_functions(server.host))
+    assert describe(server.host, binding, {}, now)[0]["vfio_link"] is None
     server.link(f"/dev/vfio/by-path/pci-{NVME}", NODE)
     assert verified(server, binding, monkeypatch) == []
-    assert describe(server.host, binding, {}, planned=False)[0]["vfio_link"] == f"/dev/vfio/by-path/pci-{NVME}"
+    assert describe(server.host, binding, {}, now)[0]["vfio_link"] == f"/dev/vfio/by-path/pci-{NVME}"

@@ -518,6 +518,30 @@ def test_settings_that_fail_take_the_new_vfs_with_them(
     assert attribute(machine, "sriov_numvfs") == "0"
 
 
+def test_what_a_driver_refused_is_not_in_the_way_back(
+    machine: Machine, host: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_vfs(machine, host, 2, "igbvf", autoprobe=1)
+    host.settings = [reported(index, trust=False, link_state="auto") for index in range(2)]
+    told: list[str] = []
+
+    def ip(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "") -> str:
+        told.append(stdin)
+        for number, line in enumerate(stdin.splitlines(), start=1):
+            words = line.split()
+            if "state" in words:
+                raise HostError(f"status 1: RTNETLINK answers: Operation not supported / Command failed -:{number}")
+            host.settings[int(words[5])]["trust"] = words[7] == "on"
+        return ""
+
+    monkeypatch.setattr(_sriov_plan, "run", ip)
+    rows = [{"index": 0, "trust": True}, {"index": 1, "link_state": "disable"}]
+    with pytest.raises(HostError, match=r"vf 1 state disable` failed: .*Everything was put back"):
+        decided(host, pf(autoprobe=True, vf_settings=rows)).plan.apply()
+    assert told[1:] == ["link set dev enp1s0 vf 0 trust off\n"]
+    assert host.settings[0]["trust"] is False
+
+
 def test_a_driver_that_silently_keeps_its_own_is_found_out(host: Answering, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sriov_plan, "run", lambda argv, timeout=120.0, stdin="": "")
     host.settings = [{"vf": 0, "address": "02:00:00:00:00:09"}]
