@@ -103,6 +103,7 @@ class LabHost:
         self.inventory.parent.mkdir(parents=True, exist_ok=True)
         self.inventory.write_text(json.dumps(inventory, indent=2) + "\n")
         self._agent: subprocess.Popen[str] | None = None
+        self._owed = 0  # answers that the agent owes
 
     def __enter__(self) -> LabHost:
         # So that a run that is ended from outside destroys its host as well.
@@ -244,6 +245,7 @@ class LabHost:
             self._agent.kill()
             self._agent.wait()
             self._agent = None
+        self._owed = 0
 
     def tell(self, do: str, **arguments: t.Any) -> None:
         """Give the agent an order without waiting for its answer."""
@@ -257,6 +259,7 @@ class LabHost:
         stdin = t.cast(t.IO[str], self._agent.stdin)
         stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         stdin.flush()
+        self._owed += 1
 
     def answer(self) -> t.Any:
         agent = t.cast("subprocess.Popen[str]", self._agent)
@@ -264,12 +267,17 @@ class LabHost:
         if not line:
             self._hang_up()
             raise RuntimeError("the agent's connection ended")
+        self._owed -= 1
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"on {self.name}: {answer['error']}")
         return answer["value"]
 
     def ask(self, do: str, **arguments: t.Any) -> t.Any:
+        # A case that failed may not have fetched its answer; it is not the answer to this order.
+        while self._owed:
+            with contextlib.suppress(RuntimeError):
+                self.answer()
         self.tell(do, **arguments)
         return self.answer()
 
