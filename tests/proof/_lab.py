@@ -17,6 +17,7 @@ import pathlib
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,15 +135,32 @@ class LabHost:
         if done.returncode:
             raise RuntimeError(f"lab_state={state} failed:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
 
-    def pull_the_plug(self) -> None:
-        """End the emulator at once, as a power failure would. What the host had not yet written is lost."""
-        state = json.loads((self.directory / self.name / "state.json").read_text())
-        os.kill(state["pid"], signal.SIGKILL)
+    def boot_id(self) -> str:
+        return self.sh("cat /proc/sys/kernel/random/boot_id").strip()
+
+    def reset(self, before: str) -> None:
+        """Press the reset button, also in the midst of a call: what the host has not yet given to its disks is lost.
+
+        To end the emulator would be no power failure: its disks pass over the flushes that such a one spares.
+
+        Args:
+            before: the boot id, for the host to be back with another one.
+        """
+        with socket.socket(socket.AF_UNIX) as channel:
+            channel.settimeout(60)
+            channel.connect(os.path.relpath(self.directory / self.name / "qmp.sock"))
+            lines = channel.makefile("rw", encoding="utf-8")
+            for word in ("qmp_capabilities", "system_reset"):
+                lines.write(json.dumps({"execute": word}) + "\n")
+                lines.flush()
+                while "return" not in json.loads(lines.readline()):
+                    pass  # the greeting, or an event
         self._hang_up()
+        self.await_boot(before)
 
     def reboot(self) -> None:
         """Shut down and boot in an orderly way, from within."""
-        before = self.sh("cat /proc/sys/kernel/random/boot_id").strip()
+        before = self.boot_id()
         self._hang_up()
         subprocess.run(
             self._ssh("systemctl reboot"), stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
