@@ -20,9 +20,12 @@ import time
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
-from ansible_collections.iommufd.host.plugins.module_utils._plan import reason
+from ansible_collections.iommufd.host.plugins.module_utils._plan import reason, wait_until
 
 Request = t.Mapping[str, t.Any]
+
+# What ends a module; none of it ends the child.
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 _REQUESTS, _ANSWERS = 3, 4
 
@@ -41,6 +44,7 @@ class Child:
     def __init__(self, work: t.Callable[[Request], None]) -> None:
         self._work = work
         self._process: int | None = None
+        self._left: int | None = None
         self._requests = self._answers = -1
 
     def do(
@@ -89,9 +93,14 @@ class Child:
         if self._process is None:
             request_reader, self._requests = os.pipe()
             self._answers, answer_writer = os.pipe()
-            self._process = os.fork()
-            if self._process == 0:
-                _live(self._work, request_reader, answer_writer)
+            # A signal to us both must not send the child along our way back.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            try:
+                self._process = os.fork()
+                if self._process == 0:
+                    _live(self._work, request_reader, answer_writer)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(request_reader)
             os.close(answer_writer)
         return self._process
@@ -100,15 +109,31 @@ class Child:
         """Leave the child to itself: it sees that nobody waits for its answer."""
         os.close(self._requests)
         os.close(self._answers)
-        self._process = None
+        self._left, self._process = self._process, None
+
+    def is_through(self, seconds: float) -> bool:
+        """Whether nothing of the last request is under way any more, neither it nor what puts it back.
+
+        Args:
+            seconds: how long to wait for that.
+        """
+
+        def ended() -> bool:
+            try:
+                return self._left is None or os.waitpid(self._left, os.WNOHANG)[0] != 0
+            except ChildProcessError:
+                return True
+
+        return wait_until(ended, seconds, 0.02)
 
 
 def _live(work: t.Callable[[Request], None], requests: int, answers: int) -> t.NoReturn:
     """The child's whole life. It holds on to nothing of its parent: a child stuck in the kernel must keep neither the
     parent's lock nor the pipes on which Ansible waits for the module's end."""
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
+        for number in (*_SIGNALS, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         os.setsid()
         # First out of the way of the numbers that they get next.
         requests, answers = (fcntl.fcntl(end, fcntl.F_DUPFD, _ANSWERS + 1) for end in (requests, answers))

@@ -4,9 +4,9 @@
 
 """Which devices the kernel holds the lock of.
 
-While a driver takes or leaves a device, the kernel holds the device's lock, and whoever reads ``driver_override`` or
-``sriov_numvfs`` waits for it (drivers/pci/pci-sysfs.c, drivers/pci/iov.c), where no signal reaches him. A driver that
-never lets go would so take along every process that only looks. Therefore a child process looks first.
+While a driver takes or leaves a device, the kernel holds the device's lock, and whoever reads ``driver_override`` (not
+with all kernels) or ``sriov_numvfs`` waits for it (drivers/pci/pci-sysfs.c, drivers/pci/iov.c), where no signal reaches
+him. A driver that never lets go would so take along every process that only looks. Therefore a child looks first.
 """
 
 from __future__ import annotations

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import stat
 
 # Every file that is wholly ours says so in its first lines; only such a file is overwritten or removed.
 OWN_MARK = "Managed by the Ansible collection iommufd.host"
+
+
+# EXT4_IOC_CHECKPOINT of <linux/ext4.h>: _IOW('f', 43, __u32), since Linux 5.14.
+_EXT4_CHECKPOINT = 0x4004662B
 
 
 def own_header(comment: str = "#") -> str:
@@ -60,12 +65,38 @@ def temporary_path(target: str) -> str:
     return os.path.join(directory, f".{name}.iommufd-host.tmp")
 
 
-def write_atomic(path: str, state: FileState) -> None:
+def former_path(target: str) -> str:
+    """The second name that a file which a boot loader reads has while another one takes its place."""
+    directory, name = os.path.split(target)
+    return os.path.join(directory, f".{name}.iommufd-host.old")
+
+
+def checkpoint(directory: str) -> None:
+    """Have the file system put what its journal holds in its place, for readers that do not know of the journal.
+
+    A boot loader is one (GRUB): after a power cut it sees the file system as it was before the last half a minute, or
+    a mixture of then and now. Only ext4 offers this; with others nothing happens.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory or "/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(descriptor, _EXT4_CHECKPOINT, b"\0\0\0\0")
+        finally:
+            os.close(descriptor)
+
+
+def write_atomic(path: str, state: FileState, for_boot_loader: bool = False) -> None:
     """Replace a file in one step: a reader, or a power cut, sees the old or the new content, never a part.
 
     A link is followed, so that the file it names is replaced and the link stays. The temporary file lies beside the
     target under a fixed name that ends in ``.tmp`` (ignored by udev, modprobe, systemd and grub alike); a killed run
     leaves at most that one file, and the next run writes over it or removes it.
+
+    Args:
+        path: the file.
+        state: what it shall be.
+        for_boot_loader: also a reader that passes over the file system's journal must at any time see one or the other:
+            the new file is in its place on the disk before its name is, and the old one stays until then.
 
     Raises:
         OSError: the directory is missing, read-only or full; the target is then untouched.
@@ -86,12 +117,27 @@ def write_atomic(path: str, state: FileState) -> None:
                 with contextlib.suppress(OSError):
                     os.setxattr(temporary, "security.selinux", state.label)
             os.fsync(file.fileno())
+        if for_boot_loader:
+            checkpoint(directory)
+            _keep_former(target)
         os.replace(temporary, target)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        for left in (temporary, former_path(target)) if for_boot_loader else (temporary,):
+            with contextlib.suppress(OSError):
+                os.unlink(left)
         raise
     _sync_directory(directory)
+    if for_boot_loader:
+        checkpoint(directory)
+        remove(former_path(target))
+
+
+def _keep_former(target: str) -> None:
+    former = former_path(target)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(former)
+    with contextlib.suppress(OSError):  # there is none, or the file system has no hard links (FAT)
+        os.link(target, former)
 
 
 def remove(path: str) -> None:

@@ -42,6 +42,10 @@ _STANDARD_BARS = 6
 # card's firmware takes some seconds.
 LOCK_SECONDS = 10.0
 
+# What kernels read under the device's lock. Which of them depends on the kernel: Debian's 6.12.118 reads the first one
+# without it.
+LOCKED_ATTRIBUTES = ("driver_override", "sriov_numvfs")
+
 
 def is_address(name: str) -> bool:
     """Whether a name is a PCI address exactly as the kernel writes it."""
@@ -258,20 +262,35 @@ def read_functions(host: Host) -> list[Function]:
     if not addresses and not host.live:
         found = _find(host)
         return [_read(host, address, found[address]) for address in sorted(found, key=address_key)]
-    attributes = {address: f"{DEVICES}/{address}/driver_override" for address in addresses}
-    locked = held(list(attributes.values()), LOCK_SECONDS) if host.live else set()
+    locked = locked_functions(host, addresses, LOCK_SECONDS) if host.live else set()
     functions = []
     for address in addresses:
         path = host.realpath(f"{DEVICES}/{address}")
         if path is not None:
-            functions.append(_read(host, address, path, attributes[address] in locked))
+            functions.append(_read(host, address, path, address in locked))
     return functions
+
+
+def locked_functions(host: Host, addresses: t.Sequence[str], seconds: float) -> set[str]:
+    """The functions that have an attribute which cannot be read because the kernel holds their lock all the time.
+
+    Args:
+        host: the host.
+        addresses: the functions to look at.
+        seconds: how long to wait for each attribute.
+    """
+    locked: set[str] = set()
+    for name in LOCKED_ATTRIBUTES:
+        paths = {f"{DEVICES}/{address}/{name}": address for address in addresses if address not in locked}
+        there = {host.path(path): address for path, address in paths.items() if host.exists(path)}
+        locked.update(there[path] for path in held(list(there), seconds))
+    return locked
 
 
 def _read(host: Host, address: str, path: str, locked: bool = False) -> Function:
     directory = host.directory(path)
     if locked:
-        directory.names -= {"driver_override", "sriov_numvfs"}
+        directory.names -= set(LOCKED_ATTRIBUTES)
     line = directory.line
     modalias = line("modalias")
     spoken = _MODALIAS.fullmatch(modalias or "")

@@ -28,6 +28,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import posixpath
 import re
 import subprocess
 import typing as t
@@ -36,6 +37,8 @@ from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._files import (
     capture,
+    checkpoint,
+    former_path,
     own_header,
     temporary_path,
     write_atomic,
@@ -626,7 +629,8 @@ class PutInFront(Step):
         length = front_length(state.content[:_FRONT_LIMIT])
         old = state.content[:length]
         if old != new:
-            write_atomic(self.host.path(self.path), dataclasses.replace(state, content=new + state.content[length:]))
+            content = new + state.content[length:]
+            write_atomic(self.host.path(self.path), dataclasses.replace(state, content=content), for_boot_loader=True)
         return old
 
 
@@ -668,6 +672,7 @@ class Rebuild(Step):
         before = self.host.stat(self.image.path)
         try:
             run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
+            checkpoint(self.host.path(posixpath.dirname(self.image.path)))
         finally:
             after = self.host.stat(self.image.path)
             # Both tools put the finished image in place in one step: without that nothing needs taking back.
@@ -688,6 +693,7 @@ class Rebuild(Step):
         for step in reversed(self.files):
             step.undo()
         run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
+        checkpoint(self.host.path(posixpath.dirname(self.image.path)))
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------
@@ -716,8 +722,9 @@ def plan_persistence(host: Host, wanted: t.Mapping[str, Entry], claims: Claims) 
 def _leftovers(host: Host, images: list[Image]) -> list[Step]:
     """Removal of what a run left behind that was killed while it wrote one of our files, or an image."""
     steps: list[Step] = []
-    for path in (HOOK, DRACUT, SCRIPT, RULE, UNIT, CONF, *(image.path for image in images)):
-        left = temporary_path(path)
+    written = [temporary_path(path) for path in (HOOK, DRACUT, SCRIPT, RULE, UNIT, CONF)]
+    written += [name(image.path) for image in images for name in (temporary_path, former_path)]
+    for left in written:
         if host.exists(left):
             what = f"remove {left}, which a killed run left behind"
             steps.append(RemoveFile(what, left, "unfinished\n", path=host.path(left), prune=[host.path(DIRECTORY)]))

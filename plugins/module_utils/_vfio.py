@@ -33,6 +33,9 @@ _ROUNDS = 3
 # returns; only the node's appearance in /dev (devtmpfs) lies in between.
 _CDEV_SECONDS = 10.0
 
+# How long a move that is under way may go on after a signal, before its driver is taken for one that does not let go.
+_SIGNAL_SECONDS = 2.0
+
 
 def driver_of(host: Host, address: str) -> str | None:
     """The driver a function is bound to now."""
@@ -151,6 +154,10 @@ class Mover:
             return _stuck(self._host, move.address, child, timeout)
 
         self._child.do(dataclasses.asdict(move), dataclasses.asdict(back), timeout, words)
+
+    def is_through(self) -> bool:
+        """Whether nothing of the last move is under way any more, a signal having ended the wait for it."""
+        return self._child.is_through(_SIGNAL_SECONDS)
 
 
 def _move(host: Host, move: Handover) -> None:
@@ -286,7 +293,7 @@ class Bind(Step):
             self._stuck = error
             raise
         except KeyboardInterrupt:
-            if driver_of(self.host, self.address) != self.driver:
+            if not self._mover.is_through():
                 self._stuck = _interrupted(self.host, self.address)
             raise
         bound = driver_of(self.host, self.address)
@@ -356,7 +363,7 @@ class Release(Step):
             self._stuck = error
             raise
         except KeyboardInterrupt:
-            if driver_of(self.host, self.address) in (None, self.from_driver):
+            if not self._mover.is_through():
                 self._stuck = _interrupted(self.host, self.address)
             raise
         bound = driver_of(self.host, self.address)

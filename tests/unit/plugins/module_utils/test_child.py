@@ -79,3 +79,18 @@ def test_a_request_that_has_begun_is_finished_when_the_parent_is_killed(tmp_path
     with open(blocking, "rb") as reader:
         assert reader.read()
     assert wait_until(back.exists, 5)
+
+
+def test_whether_a_request_is_through(tmp_path: pathlib.Path) -> None:
+    blocking, back = str(tmp_path / "blocking"), tmp_path / "back"
+    os.mkfifo(blocking)
+    child = Child(work)
+    assert child.is_through(0)
+    with pytest.raises(Stuck):
+        child.do({"path": blocking}, {"path": str(back)}, 0.2)
+    assert not child.is_through(0.2)
+    with open(blocking, "rb") as reader:
+        reader.read()
+    assert child.is_through(10)
+    assert back.exists()
+    assert child.is_through(0)

@@ -9,6 +9,7 @@ import pathlib
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils import _files
 from ansible_collections.iommufd.host.plugins.module_utils._files import FileState, capture, own_header, write_atomic
 
 
@@ -53,3 +54,40 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: pathlib.Path) 
 def test_own_files_are_known_by_their_header() -> None:
     assert state(own_header().encode() + b"x").is_ours
     assert not state(b"somebody else's").is_ours
+
+
+def test_a_boot_loader_that_passes_over_the_journal_sees_the_old_or_the_new(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def checkpoint(directory: str) -> None:
+        seen.append({name.name: name.read_bytes() for name in pathlib.Path(directory).iterdir()})
+
+    monkeypatch.setattr(_files, "checkpoint", checkpoint)
+    path = tmp_path / "image"
+    for content in (b"old", b"new"):
+        write_atomic(str(path), state(content), for_boot_loader=True)
+    assert seen == [
+        {".image.iommufd-host.tmp": b"old"},
+        {"image": b"old"},
+        {"image": b"old", ".image.iommufd-host.tmp": b"new"},
+        {"image": b"new", ".image.iommufd-host.old": b"old"},
+    ]
+    assert os.listdir(str(tmp_path)) == ["image"]
+
+
+def test_a_failure_leaves_no_second_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str, target: str) -> None:
+        raise OSError("no")
+
+    (tmp_path / "image").write_text("old")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError):
+        write_atomic(str(tmp_path / "image"), state(b"new"), for_boot_loader=True)
+    assert os.listdir(str(tmp_path)) == ["image"]
+
+
+def test_a_file_system_without_checkpoints_does_without(tmp_path: pathlib.Path) -> None:
+    _files.checkpoint(str(tmp_path))
+    _files.checkpoint(str(tmp_path / "gone"))

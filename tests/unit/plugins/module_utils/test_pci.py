@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import shutil
@@ -20,6 +21,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._pci import (
     address_key,
     is_address,
     list_addresses,
+    locked_functions,
     parse_address,
     read_function,
     read_functions,
@@ -233,3 +235,16 @@ def test_the_counts_of_virtual_functions_as_lspci_sees_them(vgpu_node: pathlib.P
 def test_an_unknown_class_is_no_bridge() -> None:
     assert not Function("0000:00:00.0").is_bridge
     assert Function("0000:00:00.0", class_id="0x060400").is_bridge
+
+
+@pytest.mark.parametrize("attribute", ["driver_override", "sriov_numvfs"])
+def test_whichever_attribute_blocks_tells_that_a_function_is_locked(machine: Machine, attribute: str) -> None:
+    # A FIFO without a writer blocks whoever opens it, as does the kernel while it holds the device's lock.
+    addresses = ["0000:01:00.0", "0000:02:00.0", "0000:03:00.0"]
+    for number, address in enumerate(addresses):
+        machine.pci(address, "8086:10c9", "020000", driver="igb", group=number)
+    machine.file(f"{machine.paths[addresses[2]]}/sriov_numvfs", "0\n")
+    path = machine.at(f"{machine.paths[addresses[1]]}/{attribute}")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert locked_functions(machine.host, addresses, 0.3) == {addresses[1]}

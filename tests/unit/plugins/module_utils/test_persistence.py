@@ -17,7 +17,7 @@ import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _persistence as persistence
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
-from ansible_collections.iommufd.host.plugins.module_utils._files import temporary_path
+from ansible_collections.iommufd.host.plugins.module_utils._files import former_path, temporary_path
 from ansible_collections.iommufd.host.plugins.module_utils._names import Disk, Names
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     CONF,
@@ -167,14 +167,14 @@ def test_a_run_that_was_killed_is_completed(server: Machine, done: int) -> None:
 def test_what_a_killed_run_left_unfinished_is_removed(server: Machine, entries: tuple[Entry, ...]) -> None:
     carry_out(server, plan(server, *entries))
     before = tree(server)
-    left = [temporary_path(IMAGE), temporary_path(RULE), temporary_path(CONF)]
+    left = [temporary_path(IMAGE), former_path(IMAGE), temporary_path(RULE), temporary_path(CONF)]
     for path in left:
         server.file(path, "half a f")
     steps = plan(server, *entries)
     assert sorted(step.subject for step in steps) == sorted(left)
     carry_out(server, steps)
     assert tree(server) == before
-    assert not server.at(left[0]).exists()
+    assert not server.at(left[0]).exists() and not server.at(left[1]).exists()
     assert plan(server, *entries) == []
 
 

@@ -19,6 +19,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     Bind,
     Handover,
     Mover,
+    Release,
     cdev_of,
     cdev_ready,
     cdev_supported,
@@ -144,6 +145,35 @@ def test_a_signal_does_not_wait_for_a_driver_that_does_not_let_go(disk: Machine)
     assert undone == ["first"]
     assert os.read(os.open(path, os.O_RDONLY), 100).decode() == ADDRESS, "the child still finishes"
     assert wait_until(lambda: override_of(disk.host, ADDRESS) is None, 10), "and puts it back"
+
+
+class Interrupted(Mover):
+    """A signal comes when the first move has just been done."""
+
+    interrupted = False
+
+    def hand_over(self, move: Handover, back: Handover, timeout: float) -> None:
+        super().hand_over(move, back, timeout)
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+
+
+def test_a_signal_right_after_a_move_has_it_taken_back(disk: Machine) -> None:
+    # No driver of the host claims the function: that it has none does not tell that the move is still under way.
+    disk.at(f"{disk.paths[ADDRESS]}/driver").unlink()
+    disk.file(f"{disk.paths[ADDRESS]}/driver_override", "vfio-pci\n")
+    step = Release(
+        "give it back",
+        address=ADDRESS,
+        from_driver="vfio-pci",
+        from_override="vfio-pci",
+        host=disk.host,
+        mover=Interrupted(disk.host),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Plan([step]).apply()
+    assert override_of(disk.host, ADDRESS) == "vfio-pci"
 
 
 def test_stuck_names_the_process(disk: Machine) -> None:
