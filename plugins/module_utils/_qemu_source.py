@@ -401,7 +401,10 @@ def _fetch_package(source: Source, downloads: str) -> None:
         for name in sorted(names, key=lambda one: one.endswith(".dsc")):  # the .dsc last: it says that all are there
             os.replace(f"{place}/files/{name}", f"{downloads}/{name}")
     except HostError as error:
-        raise HostError(f"{source.describe()} did not come: {error.message}", **error.details) from error
+        # apt's own first words; its command line here is long and tells nobody anything.
+        words = re.search(r"^E: (.+)$", str(error.details.get("stderr")), re.MULTILINE)
+        why = words[1] if words else error.message
+        raise HostError(f"{source.describe()} did not come: {why}", **error.details) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

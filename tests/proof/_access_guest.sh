@@ -11,6 +11,7 @@ images=/var/lib/libvirt/images
 serial=/var/log/libvirt/qemu/proof-serial.log
 unit=/etc/systemd/system/proof-guest.service
 wait_for=${WAIT:-300}
+emulator=${EMULATOR:-/usr/bin/qemu-system-x86_64}
 
 prepare() {
     local work module
@@ -57,7 +58,7 @@ domain() {
   <cpu mode='host-passthrough'/>
   <on_reboot>destroy</on_reboot>
   <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <emulator>$emulator</emulator>
     <serial type='file'><source path='$serial'/></serial>
     <memballoon model='none'/>
   </devices>
@@ -86,6 +87,7 @@ libvirt() {
     echo "QEMU runs as $(ps -o user= -p "$pid"), capabilities $(awk '/^CapEff/ { print $2 }' "/proc/$pid/status")"
     echo "QEMU opened $(readlink /proc/"$pid"/fd/* | grep -E '^/dev/(iommu|vfio/)' | sort | tr '\n' ' ')"
     echo "profile $(cat "/proc/$pid/attr/current")"
+    echo "program $(readlink "/proc/$pid/exe")"
     for _second in $(seq "$wait_for"); do
         grep -aq 'PROOF end' "$serial" && break
         sleep 1
