@@ -449,6 +449,8 @@ class _Run:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
+        # In the log alone: the archive of the same source is the same, whichever way that came.
+        self.log(f"QEMU {self.job.traits.version} from {self.job.source}")
         self._prepare()
         self.phase("unpack")
         self._unpack()
@@ -601,7 +603,6 @@ class _Run:
             "format": _qemu_artefact.FORMAT,
             "key": self.job.key,
             "decides": dict(self.job.decides),
-            "source": self.job.source,
             "version": self.job.traits.version,
             "summary": summary["text"],
             "binaries": binaries,
