@@ -360,6 +360,8 @@ def carry_out(job: Job) -> bool:
         run.save()  # the archive is there; nobody needs to wait until its trees are removed
     except BaseException as error:
         message = reason(error) if not isinstance(error, KeyboardInterrupt) else f"it was ended by a {error}"
+        if isinstance(error, OSError):
+            message = f"phase {run.state['phase']} failed in {run.work}: {message}"
         details = error.details if isinstance(error, HostError) else {}
         run.log(f"*** {message}")
         run.state.update(finished=True, error={"message": message, "log": details.get("log") or run.lines[-5:]})
