@@ -129,6 +129,27 @@ def test_a_tree_and_a_patch(builder: build.Builder, tmp_path: pathlib.Path) -> N
 
 
 @needs_tools
+def test_a_stub_is_added_and_nothing_is_written_behind_a_link(builder: build.Builder, tmp_path: pathlib.Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    stubs = "hw/cxl/cxl-host-stubs.c"
+    for name, text in (("include/hw/cxl/cxl_host.h", "cxl_fmws_get_all_sorted(void);"), (stubs, ";")):
+        (tree / name).parent.mkdir(parents=True)
+        (tree / name).write_text(f"{text}\n")
+    script = (tree / "configure").read_text()
+    look = f'grep -qx "GSList .cxl_fmws_get_all_sorted(void)" "$source/{stubs}" || exit 1\n'
+    (tree / "configure").write_text(script.replace("has=n\n", f"has=n\n{look}", 1))
+    one = job(builder, tree)
+    assert finish(one)["error"] is None
+    assert "hw/cxl/cxl-host-stubs.c lacks" in pathlib.Path(builder.log(one.key)).read_text()
+    outside = pathlib.Path(builder.directory).parent / "outside"
+    shutil.move(tree / "hw/cxl", outside)
+    (tree / "hw/cxl").symlink_to(outside)
+    state = finish(job(builder, tree))
+    assert "has no directory hw/cxl" in state["error"]["message"]
+    assert (outside / "cxl-host-stubs.c").read_text() == ";\n"
+
+
+@needs_tools
 def test_an_error_of_the_compiler(builder: build.Builder, tmp_path: pathlib.Path) -> None:
     one = job(builder, make_tarball(make_tree(tmp_path / "tree", code="int f(void) { return x; }"), tmp_path / "q.tar"))
     state = finish(one)
