@@ -35,7 +35,7 @@ echo "PROOF end"
 /bin/busybox poweroff -f
 INIT
     chmod 755 "$work/init"
-    (cd "$work" && find . | cpio --quiet -o -H newc | gzip -1) >"$images/proof-initrd"
+    (cd "$work" && find . | busybox cpio -o -H newc | gzip -1) >"$images/proof-initrd"
     cp "/boot/vmlinuz-$(uname -r)" "$images/proof-kernel"
     chmod 644 "$images"/proof-*
     rm -rf "$work"
