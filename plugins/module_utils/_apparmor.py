@@ -20,10 +20,16 @@ import os
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._apparmor_local import (
+    plan_without_block,
+    shown,
+    with_block,
+    write_rules,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile
 
 BASE = "/etc/apparmor.d"
 ABSTRACTION = f"{BASE}/abstractions/libvirt-qemu"
@@ -40,11 +46,6 @@ RULES = {
 }
 
 _MADE_DIRECTORY = "# The directory was made for it.\n"
-_MADE_FILE = "; this file was made for it"
-_BLOCK = re.compile(
-    rf"# BEGIN {re.escape(OWN_MARK)}; edits are lost(?P<made>{re.escape(_MADE_FILE)})?\.\n"
-    r"(?:.*\n)*?# END iommufd\.host\n"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ def plan_present(state: State, nodes: t.Iterable[str], host: Host) -> Plan:
     _take_out(plan, state, other)
     if before != after:
         check_syntax(host, rules)
-        plan.add(_write(state.path, before, after, enforce_mode=state.drop_in))
+        plan.add(write_rules(state.path, before, after, enforce_mode=state.drop_in))
     if plan.changed:
         plan.add(
             Action(f"check that AppArmor takes {ABSTRACTION}", do=lambda: check_syntax(host, [])),
@@ -183,47 +184,18 @@ def _with_rules(state: State, content: bytes | None, rules: t.Sequence[str]) -> 
         made = made or (content is not None and _MADE_DIRECTORY.encode() in content)
         lines = "".join(f"{rule}\n" for rule in rules)
         return (own_header() + (_MADE_DIRECTORY if made else "") + lines).encode()
-    text = None if content is None else content.decode("utf-8", "surrogateescape")
-    block = None if text is None else _BLOCK.search(text)
-    made = text is None or (block is not None and block["made"] is not None)
-    head = f"# BEGIN {OWN_MARK}; edits are lost{_MADE_FILE if made else ''}.\n"
-    rest = "" if text is None else _BLOCK.sub("", text, count=1)
-    return (head + "".join(f"{rule}\n" for rule in rules) + "# END iommufd.host\n" + rest).encode(
-        "utf-8", "surrogateescape"
-    )
+    return with_block(content, rules)
 
 
 def _take_out(plan: Plan, state: State, path: str) -> None:
     content = state.contents[path]
-    if content is None:
+    if path == LOCAL:
+        plan_without_block(plan, path, content, state.required)
         return
-    text = content.decode("utf-8", "surrogateescape")
-    if path == DROP_IN:
-        if OWN_MARK not in text[:400]:
-            return
+    text = shown(content)
+    if OWN_MARK in text[:400]:
         prune = [os.path.dirname(path)] if _MADE_DIRECTORY in text else []
-        plan.add(RemoveFile(f"remove {path}", path, _shown(content), path=path, prune=prune))
-        return
-    block = _BLOCK.search(text)
-    if block is None:
-        return
-    rest = _BLOCK.sub("", text, count=1).encode("utf-8", "surrogateescape")
-    if not rest and block["made"] and not state.required:
-        directory = os.path.dirname(path)
-        plan.add(RemoveFile(f"remove {path}", path, _shown(content), path=path, prune=[directory]))
-    else:
-        plan.add(_write(path, content, rest, enforce_mode=False))
-
-
-def _write(path: str, before: bytes | None, after: bytes, enforce_mode: bool) -> WriteFile:
-    return WriteFile(
-        f"write {path}", path, _shown(before), _shown(after), path=path, content=after, mode=0o644,
-        enforce_mode=enforce_mode,
-    )  # fmt: skip
-
-
-def _shown(content: bytes | None) -> str:
-    return (content or b"").decode("utf-8", "replace")
+        plan.add(RemoveFile(f"remove {path}", path, text, path=path, prune=prune))
 
 
 def _refuse_foreign(content: bytes | None) -> None:

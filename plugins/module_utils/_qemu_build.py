@@ -360,6 +360,8 @@ def carry_out(job: Job) -> bool:
         run.save()  # the archive is there; nobody needs to wait until its trees are removed
     except BaseException as error:
         message = reason(error) if not isinstance(error, KeyboardInterrupt) else f"it was ended by a {error}"
+        if isinstance(error, OSError):
+            message = f"phase {run.state['phase']} failed in {run.work}: {message}"
         details = error.details if isinstance(error, HostError) else {}
         run.log(f"*** {message}")
         run.state.update(finished=True, error={"message": message, "log": details.get("log") or run.lines[-5:]})
@@ -449,6 +451,8 @@ class _Run:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
+        # In the log alone: the archive of the same source is the same, whichever way that came.
+        self.log(f"QEMU {self.job.traits.version} from {self.job.source}")
         self._prepare()
         self.phase("unpack")
         self._unpack()
@@ -506,12 +510,22 @@ class _Run:
             os.chmod(copy, 0o644)
             self.command(f"patch {path}", ["patch", "-p1", "--forward", "--fuzz=0", "--input", copy], self.source)
         for name, content in _qemu_profile.device_files(self.job.request, self.job.traits).items():
-            path = f"{self.source}/{name}"
-            if os.path.realpath(os.path.dirname(path)) != os.path.dirname(os.path.realpath(self.source) + "/" + name):
-                raise HostError(f"the source has no directory {os.path.dirname(name)}, as every QEMU since 5.0 has")
-            with open(path, "x", encoding="utf-8") as file:
+            self._require_directory(name)
+            with open(f"{self.source}/{name}", "x", encoding="utf-8") as file:
                 file.write(content)
-            os.chmod(path, 0o644)
+            os.chmod(f"{self.source}/{name}", 0o644)
+        stubs = _qemu_profile.missing_stubs(self.job.request, lambda name: _read_inside(f"{self.source}/{name}"))
+        for name, content in stubs.items():
+            self._require_directory(name)
+            self.log(f"{name} lacks what a QEMU with few devices needs to link; it is added")
+            with open(f"{self.source}/{name}", "a", encoding="utf-8") as file:
+                file.write(content)
+
+    def _require_directory(self, name: str) -> None:
+        """A file of the tree may be written by root only where the tree has no link on its way."""
+        path = f"{self.source}/{name}"
+        if os.path.realpath(os.path.dirname(path)) != os.path.dirname(os.path.realpath(self.source) + "/" + name):
+            raise HostError(f"the source has no directory {os.path.dirname(name)}, as every QEMU since 5.0 has")
 
     def _configure(self) -> Json:
         request, traits = self.job.request, self.job.traits
@@ -601,7 +615,6 @@ class _Run:
             "format": _qemu_artefact.FORMAT,
             "key": self.job.key,
             "decides": dict(self.job.decides),
-            "source": self.job.source,
             "version": self.job.traits.version,
             "summary": summary["text"],
             "binaries": binaries,

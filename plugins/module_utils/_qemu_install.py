@@ -25,20 +25,15 @@ import shutil
 import struct
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils import _qemu_artefact
+from ansible_collections.iommufd.host.plugins.module_utils import _qemu_apparmor, _qemu_artefact
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
-from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import read_qemu
 
 DIRECTORY = "/opt/iommufd-host/qemu"
 
 KEY = re.compile(r"[0-9a-f]{32}")
-
-# libvirt's profile of a guest includes this directory since the AppArmor packages of Debian 13 and Ubuntu 24.04.
-_ABSTRACTION = "/etc/apparmor.d/abstractions/libvirt-qemu"
-RULES_FILE = f"{_ABSTRACTION}.d/iommufd-host-qemu"
 
 Json = dict[str, t.Any]
 
@@ -78,7 +73,7 @@ def read_installed(host: Host, directory: str) -> Installed:
         keys=keys,
         current=found["current"] if found["current"] in keys else None,
         previous=found["previous"] if found["previous"] in keys else None,
-        rest=tuple(name for name in names if re.fullmatch(r"\.[0-9a-f]{32}\.new", name)),
+        rest=tuple(name for name in names if re.fullmatch(r"\.[0-9a-f]{32}\.new(\.old)?", name)),
         users=_users(host, directory),
     )
 
@@ -154,7 +149,7 @@ def plan_present(host: Host, installed: Installed, wanted: Wanted) -> Plan:
                 take_back=functools.partial(_switch_back, installed),
             )
         )
-    _plan_rules(host, plan, installed.directory)
+    _qemu_apparmor.plan_rules(host, plan, installed.directory)
     for key in to_prune(installed, wanted):
         plan.add(
             Action(
@@ -183,47 +178,6 @@ def _plan_rest(plan: Plan, installed: Installed) -> None:
         plan.add(Action(f"remove {path}, left by an interrupted run", do=functools.partial(shutil.rmtree, path)))
 
 
-def _plan_rules(host: Host, plan: Plan, directory: str) -> None:
-    """Let libvirt's guests run the builds, where AppArmor confines them and its rules can be added to."""
-    if not _rules_have_a_place(host):
-        return
-    content = (
-        own_header()
-        + f"# libvirt's guests may run the QEMU that stands beneath {directory}.\n"
-        + f"{directory}/versions/*/bin/qemu-system-* rmix,\n{directory}/versions/*/share/** r,\n"
-    )
-    before = host.read_text(RULES_FILE)
-    if before != content:
-        if before is not None and OWN_MARK not in before:
-            raise Refusal(f"{RULES_FILE} is there and is not ours; move it away")
-        plan.add(
-            WriteFile(
-                f"write {RULES_FILE}",
-                RULES_FILE,
-                before or "",
-                content,
-                path=RULES_FILE,
-                content=content.encode(),
-                enforce_mode=True,
-            )
-        )
-
-
-def _rules_have_a_place(host: Host) -> bool:
-    text = host.read_text(_ABSTRACTION) or ""
-    return re.search(r"^\s*#?include\s+(if exists\s+)?<abstractions/libvirt-qemu\.d>", text, re.MULTILINE) is not None
-
-
-def rules_missing(host: Host) -> str | None:
-    """A warning where libvirt's guests are confined and our rules have no place; else None."""
-    if host.exists(_ABSTRACTION) and not _rules_have_a_place(host):
-        return (
-            f"{_ABSTRACTION} includes no directory of additions, so that AppArmor may keep libvirt's guests from "
-            f"running this QEMU. Add to its local additions: {DIRECTORY}/versions/*/bin/qemu-system-* rmix,"
-        )
-    return None
-
-
 def plan_absent(host: Host, installed: Installed) -> Plan:
     """What takes every build away.
 
@@ -237,9 +191,7 @@ def plan_absent(host: Host, installed: Installed) -> Plan:
             "removed"
         )
     plan = Plan()
-    text = host.read_text(RULES_FILE)
-    if text is not None and OWN_MARK in text:
-        plan.add(RemoveFile(f"remove {RULES_FILE}", RULES_FILE, text, path=RULES_FILE, prune=(f"{_ABSTRACTION}.d",)))
+    _qemu_apparmor.plan_no_rules(host, plan)
     if host.exists(f"{installed.directory}/versions") or host.readlink(f"{installed.directory}/current"):
         plan.add(
             Action(

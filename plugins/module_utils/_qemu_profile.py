@@ -278,6 +278,34 @@ def _device_lines(request: Request, traits: Traits) -> dict[str, list[str]]:
     return found
 
 
+# Where a small QEMU does not link because a file of stubs lacks a function: the file, the header that declares it, its
+# name, and what it is without CXL. In 10.2 the tables of ACPI ask for CXL's windows; 10.0 does not know of that.
+_STUBS = (
+    (
+        "hw/cxl/cxl-host-stubs.c",
+        "include/hw/cxl/cxl_host.h",
+        "cxl_fmws_get_all_sorted",
+        "\nGSList *cxl_fmws_get_all_sorted(void)\n{\n    return NULL;\n}\n",
+    ),
+)
+
+
+def missing_stubs(request: Request, read: t.Callable[[str], str]) -> dict[str, str]:
+    """What has to be appended to files of a tree for a small QEMU to link: text by path.
+
+    Args:
+        request: what is wanted.
+        read: content of a file of the tree; empty where there is none.
+    """
+    if request.profile != "passthrough" or request.devices.get("CXL"):
+        return {}
+    return {
+        path: code
+        for path, header, name, code in _STUBS
+        if f"{name}(" in read(header) and read(path) and f"{name}(" not in read(path)
+    }
+
+
 def features_on(request: Request) -> list[str]:
     """Features that a build of this request turns on by name."""
     names = list(_PASSTHROUGH_FEATURES) if request.profile == "passthrough" else []

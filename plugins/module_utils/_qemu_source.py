@@ -187,7 +187,8 @@ def fetch(source: Source, downloads: str) -> Fetched:
         downloads: directory of the builder's downloads.
 
     Raises:
-        HostError: it does not come, or it is not what the checksum or the signature says; nothing is left of it then.
+        HostError: it does not come, or it is not what the checksum or the signature says. What does not fit the
+            checksum is not left here.
     """
     os.makedirs(downloads, 0o755, exist_ok=True)
     found = present(source, downloads)
@@ -401,7 +402,10 @@ def _fetch_package(source: Source, downloads: str) -> None:
         for name in sorted(names, key=lambda one: one.endswith(".dsc")):  # the .dsc last: it says that all are there
             os.replace(f"{place}/files/{name}", f"{downloads}/{name}")
     except HostError as error:
-        raise HostError(f"{source.describe()} did not come: {error.message}", **error.details) from error
+        # apt's own first words; its command line here is long and tells nobody anything.
+        words = re.search(r"^E: (.+)$", str(error.details.get("stderr")), re.MULTILINE)
+        why = words[1] if words else error.message
+        raise HostError(f"{source.describe()} did not come: {why}", **error.details) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -452,7 +456,7 @@ def _archives(host: Host) -> t.Iterator[tuple[str, str, str, str]]:
 def _verify_signature(source: Source, found: Fetched, downloads: str) -> None:
     """Have gpgv check a detached signature of the tarball, or the one inside a ``.dsc``."""
     if found.dsc:
-        run(["gpgv", "--quiet", "--keyring", source.keyring, found.dsc])
+        _ask_gpgv(source, [found.dsc])
         return
     if not source.signature or not found.tarballs:
         raise OptionError("source.signature", source.signature, "the URL or path of the tarball's signature")
@@ -466,10 +470,20 @@ def _verify_signature(source: Source, found: Fetched, downloads: str) -> None:
             except OSError as error:
                 raise HostError(f"the signature {_bare_url(signature)} did not come: {error}") from error
             signature = temporary
-        run(["gpgv", "--quiet", "--keyring", source.keyring, signature, found.tarballs[0]])
+        _ask_gpgv(source, [signature, found.tarballs[0]])
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _ask_gpgv(source: Source, files: t.Sequence[str]) -> None:
+    try:
+        run(["gpgv", "--quiet", "--keyring", source.keyring, *files])
+    except HostError as error:
+        words = str(error.details.get("stderr") or error.message).strip().splitlines()[-1]
+        raise HostError(
+            f"{source.describe()} is not signed by a key of {source.keyring} ({words}). It was not used"
+        ) from error
 
 
 # -- looking into a source ---------------------------------------------------------------------------------------------

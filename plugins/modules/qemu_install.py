@@ -19,8 +19,9 @@ description:
   - Guests that run keep the QEMU that they were started with. The build before stays for a way back, which O(key) is.
     Older ones go, but none that a process runs.
   - The current QEMU is C(/opt/iommufd-host/qemu/current/bin/qemu-system-x86_64), for libvirt's C(<emulator>) too.
-    M(iommufd.host.guest_verify) and M(iommufd.host.iommufd_info) find it there. Where libvirt confines its guests with
-    AppArmor, a rule in C(abstractions/libvirt-qemu.d) lets them run it.
+    M(iommufd.host.guest_verify) and M(iommufd.host.iommufd_info) find it there. Where AppArmor confines libvirt, a rule
+    in C(abstractions/libvirt-qemu.d) lets its guests run it, and one in C(local/usr.sbin.libvirtd) its daemon, which
+    asks every emulator what it can do.
 extends_documentation_fragment:
   - iommufd.host._attributes
   - iommufd.host._attributes.actiongroup
@@ -125,7 +126,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.iommufd.host.plugins.module_utils import _qemu_artefact, _qemu_install
+from ansible_collections.iommufd.host.plugins.module_utils import _qemu_apparmor, _qemu_artefact, _qemu_install
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -149,8 +150,7 @@ def work(module: AnsibleModule) -> Outcome:
     wanted = _wanted(module)
     plan = _qemu_install.plan_present(host, installed, wanted)
     here = _qemu_install.whole(host, installed, wanted.key)
-    warning = _qemu_install.rules_missing(host)
-    warnings = [warning] if warning else []
+    warnings = _qemu_apparmor.missing_rules(host, _qemu_install.DIRECTORY)
     if not here and not wanted.archive:
         # Nothing is done yet: the action plugin calls again, with the archive.
         outcome = Outcome(plan if module.check_mode else Plan(), _result(host, installed))

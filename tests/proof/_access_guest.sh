@@ -12,6 +12,7 @@ serial=/var/log/libvirt/qemu/proof-serial.log
 uuid=0d5f7a3e-8f0c-4b57-9f1c-6f2f6f0e8a11
 unit=/etc/systemd/system/proof-guest.service
 wait_for=${WAIT:-300}
+emulator=${EMULATOR:-/usr/bin/qemu-system-x86_64}
 
 prepare() {
     local work module
@@ -81,7 +82,7 @@ domain() {
   <cpu mode='host-passthrough'/>
   <on_reboot>destroy</on_reboot>
   <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <emulator>$emulator</emulator>
     <serial type='file'><source path='$serial'/></serial>
     <memballoon model='none'/>
 $1
@@ -108,6 +109,7 @@ libvirt() {
     echo "QEMU runs as $(ps -o user= -p "$pid"), capabilities $(awk '/^CapEff/ { print $2 }' "/proc/$pid/status")"
     echo "QEMU holds $(readlink /proc/"$pid"/fd/* | grep -E '^/dev/(iommu|vfio/)' | sort | tr '\n' ' ')"
     echo "profile $(cat "/proc/$pid/attr/current")"
+    echo "program $(readlink "/proc/$pid/exe")"
     for _second in $(seq "$wait_for"); do
         grep -aq 'PROOF end' "$serial" && break
         sleep 1

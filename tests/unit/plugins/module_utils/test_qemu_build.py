@@ -103,7 +103,9 @@ def test_two_builds_in_two_places_are_the_same(builder: build.Builder, tmp_path:
     tarball = make_tarball(make_tree(tmp_path / "tree"), tmp_path / "q.tar.xz")
     contents = []
     for name in ("one", "another-and-longer"):
-        one = job(build.Builder(f"{builder.directory}/{name}"), tarball)
+        # By whatever name the source comes.
+        copy = pathlib.Path(shutil.copyfile(tarball, tmp_path / f"{name}.tar.xz"))
+        one = job(build.Builder(f"{builder.directory}/{name}"), copy)
         assert finish(one)["error"] is None
         contents.append(pathlib.Path(one.builder.artefact(one.key)).read_bytes())
     assert contents[0] == contents[1]
@@ -124,6 +126,27 @@ def test_a_tree_and_a_patch(builder: build.Builder, tmp_path: pathlib.Path) -> N
     state = finish(failed)
     assert "patch" in state["error"]["message"] and "failed with status 1" in state["error"]["message"]
     assert is_clean(failed)
+
+
+@needs_tools
+def test_a_stub_is_added_and_nothing_is_written_behind_a_link(builder: build.Builder, tmp_path: pathlib.Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    stubs = "hw/cxl/cxl-host-stubs.c"
+    for name, text in (("include/hw/cxl/cxl_host.h", "cxl_fmws_get_all_sorted(void);"), (stubs, ";")):
+        (tree / name).parent.mkdir(parents=True)
+        (tree / name).write_text(f"{text}\n")
+    script = (tree / "configure").read_text()
+    look = f'grep -qx "GSList .cxl_fmws_get_all_sorted(void)" "$source/{stubs}" || exit 1\n'
+    (tree / "configure").write_text(script.replace("has=n\n", f"has=n\n{look}", 1))
+    one = job(builder, tree)
+    assert finish(one)["error"] is None
+    assert "hw/cxl/cxl-host-stubs.c lacks" in pathlib.Path(builder.log(one.key)).read_text()
+    outside = pathlib.Path(builder.directory).parent / "outside"
+    shutil.move(tree / "hw/cxl", outside)
+    (tree / "hw/cxl").symlink_to(outside)
+    state = finish(job(builder, tree))
+    assert "has no directory hw/cxl" in state["error"]["message"]
+    assert (outside / "cxl-host-stubs.c").read_text() == ";\n"
 
 
 @needs_tools

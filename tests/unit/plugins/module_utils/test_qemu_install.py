@@ -16,7 +16,6 @@ from ansible_collections.iommufd.host.plugins.module_utils import _qemu_artefact
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_install as install
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 A, B, C, D = ("abcd"[number] * 32 for number in range(4))
 
@@ -191,24 +190,3 @@ def test_a_missing_version_of_a_symbol_is_named() -> None:
             return Output(1, "", "/x/q: /lib/libc.so.6: version `GLIBC_2.38' not found (required by /x/q)\n")
 
     assert install.missing_libraries(Loader(), "/bin/sh") == ["GLIBC_2.38 in /lib/libc.so.6"]
-
-
-def test_libvirts_guests_may_run_it(machine: Machine) -> None:
-    found = install.read_installed(machine.host, install.DIRECTORY)
-    assert install.plan_absent(machine.host, found).steps == []
-    abstraction = "/etc/apparmor.d/abstractions/libvirt-qemu"
-    machine.file(abstraction, "  include if exists <local/abstractions/libvirt-qemu>\n")
-    assert "Add to its local additions" in str(install.rules_missing(machine.host))
-    machine.file(abstraction, "  include if exists <abstractions/libvirt-qemu.d>\n")
-    assert install.rules_missing(machine.host) is None
-    plan = install.plan_present(machine.host, found, install.Wanted(A))
-    (step,) = [one for one in plan.steps if one.subject == install.RULES_FILE]
-    assert "/opt/iommufd-host/qemu/versions/*/bin/qemu-system-* rmix,\n" in step.after
-    machine.file(install.RULES_FILE, step.after)
-    assert [one.subject for one in install.plan_absent(machine.host, found).steps] == [install.RULES_FILE]
-    assert install.RULES_FILE not in [
-        one.subject for one in install.plan_present(machine.host, found, install.Wanted(A)).steps
-    ]
-    machine.file(install.RULES_FILE, "somebody else's\n")
-    with pytest.raises(Refusal, match="is not ours"):
-        install.plan_present(machine.host, found, install.Wanted(A))

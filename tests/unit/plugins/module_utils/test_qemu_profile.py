@@ -122,6 +122,21 @@ def test_both_mechanisms_have_a_summary() -> None:
     assert both == {"text": "iommufd support: YES", "targets": {"x86_64": True, "arm": False}}
 
 
+def test_a_stub_that_a_tree_lacks() -> None:
+    stubs, header = "hw/cxl/cxl-host-stubs.c", "include/hw/cxl/cxl_host.h"
+    tree = {stubs: "void cxl_machine_init(void) {};\n", header: "GSList *cxl_fmws_get_all_sorted(void);\n"}
+
+    def missing(tree: dict[str, str], **values: t.Any) -> dict[str, str]:
+        return profile.missing_stubs(profile.Request(**values), lambda name: tree.get(name, ""))
+
+    found = missing(tree)
+    assert list(found) == [stubs] and "GSList *cxl_fmws_get_all_sorted(void)\n{" in found[stubs]
+    assert missing({**tree, stubs: tree[stubs] + found[stubs]}) == {}  # a later tree that has it
+    assert missing({stubs: tree[stubs]}) == {}  # 10.0, which does not know of it
+    assert missing({}) == {}
+    assert missing(tree, profile="default") == missing(tree, devices={"PXB": True, "CXL": True}) == {}
+
+
 def test_progress_of_ninja() -> None:
     assert profile.progress("[312/1293] Compiling C object") == (312, 1293)
     assert profile.progress("WARNING: [1/2] x") is None

@@ -201,6 +201,40 @@ def test_a_source_package_that_names_files_elsewhere(tmp_path: pathlib.Path) -> 
         source.dsc_files(str(dsc(tmp_path, tarball, "../../etc/passwd")))
 
 
+def test_a_source_package_that_the_archive_has_not(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def apt(argv: list[str], timeout: float = 0) -> str:
+        if "source" in argv:
+            raise HostError(
+                "`sh -c cd …` ended with status 100: …", stderr="W: x\nE: Failed to fetch q.dsc  404\nE: y\n"
+            )
+        return ""
+
+    monkeypatch.setattr(source, "run", apt)
+    monkeypatch.setattr(source, "source_stanzas", lambda host, suite: "")
+    with pytest.raises(HostError) as caught:
+        source.fetch(source.parse_source({"package": "qemu", "version": "1:99"}), str(tmp_path))
+    assert caught.value.message == "source package qemu 1:99 did not come: Failed to fetch q.dsc  404"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_signature_by_another_key(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def gpgv(argv: list[str], timeout: float = 0) -> str:
+        asked.append(argv)
+        if "stranger.gpg" in argv[3]:
+            raise HostError("`gpgv …` ended with status 2", stderr="gpgv: made by X\ngpgv: No public key\n")
+        return ""
+
+    monkeypatch.setattr(source, "run", gpgv)
+    tarball = make_tarball(make_tree(tmp_path / "tree"), tmp_path / "q.tar.xz")
+    given = {"path": str(tarball), "signature": "/q.sig"}
+    source.fetch(source.parse_source({**given, "keyring": "/our.gpg"}), str(tmp_path))
+    assert asked == [["gpgv", "--quiet", "--keyring", "/our.gpg", "/q.sig", str(tarball)]]
+    with pytest.raises(HostError, match=r"q.tar.xz is not signed by a key of /stranger.gpg \(gpgv: No public key\)"):
+        source.fetch(source.parse_source({**given, "keyring": "/stranger.gpg"}), str(tmp_path))
+
+
 def test_source_lists_come_from_the_machines_own(machine: Machine) -> None:
     machine.file(
         "/etc/apt/sources.list.d/debian.sources",
