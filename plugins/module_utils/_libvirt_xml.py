@@ -399,7 +399,8 @@ def convert(
             _check_version("libvirt", facts.libvirt, scope)
     except OptionError as error:
         rows = [_row(one, one.now, one.problem or _words(error)) for one in found]
-        return {**same, "backend": "legacy", "reason": _words(error), "devices": rows}
+        backend = "legacy" if any(one.now == "legacy" for one in found) else "iommufd"
+        return {**same, "backend": backend, "reason": _words(error), "devices": rows}
     rows, edits = _edits(data, root, found, decision, scope)
     after = splice(data, edits)
     if edits:
