@@ -329,9 +329,10 @@ def rules_text(wanted: t.Mapping[str, Access], symlinks: bool, command: str = "/
     if symlinks:
         # DEVPATH makes sure that the direct parent is a PCI function: a mediated device has one further up only, and
         # several of them would fight for one name. $id is the name of the parent that SUBSYSTEMS found first.
+        # The tag has systemd make a device unit for the name, so that the unit of a guest can wait for it.
         lines.append(
             'SUBSYSTEM=="vfio-dev", DEVPATH=="*:??:??.?/vfio-dev/vfio*", SUBSYSTEMS=="pci", '
-            f'SYMLINK+="{LINKS[len("/dev/") :]}/pci-$id"'
+            f'SYMLINK+="{LINKS[len("/dev/") :]}/pci-$id", TAG+="systemd"'
         )
     lines.append('LABEL="iommufd_host_end"')
     return "\n".join(lines) + "\n"
@@ -456,7 +457,7 @@ def plan_present(state: State, wanted: t.Mapping[str, Access], symlinks: bool, h
         node
         for node in state.nodes
         if (node.kind in wanted and (rewrite or not node.has(wanted[node.kind], node.kind in lists)))
-        or (node.link is not None and node.linked != symlinks)
+        or (node.link is not None and (node.linked != symlinks or (rewrite and symlinks)))
     ]
     affected = follow + [node for node in reset if node not in follow]
     if reset:

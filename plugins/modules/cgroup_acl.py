@@ -86,6 +86,8 @@ options:
     description:
       - Files that systemd opens and passes to a service, as in C(OpenFile), for example V(/dev/iommu:iommu).
         Needs systemd 253.
+      - systemd wants a colon of the path as C(\x3a). The stable name of a device is
+        V(/dev/vfio/by-path/pci-0000\x3a02\x3a00.0:gpu). systemd 255 did not open such a path at first.
     type: list
     elements: str
     default: []
@@ -327,10 +329,12 @@ def parse_open_file(specs: t.Sequence[str]) -> tuple[str, ...]:
     """
     accepted = "path[:name[:options]] as in OpenFile=, such as /dev/iommu:iommu or /dev/vfio/devices/vfio0:gpu"
     for index, spec in enumerate(specs):
-        # A colon of a PCI address in a path would be taken for the separator: systemd wants it quoted as \:
-        path, _colon, rest = spec.replace("\\:", "\0").partition(":")
-        _systemd_unit.parse_path(f"open_file[{index}]", path.replace("\0", ":"), accepted)
-        if not all(character.isalnum() or character in "_-.,:" for character in rest):
+        # A colon of a PCI address in a path would be taken for the separator: systemd wants it as \x3a, and refuses \:
+        path, _colon, rest = spec.partition(":")
+        _systemd_unit.parse_path(f"open_file[{index}]", path.replace("\\x3a", ":"), accepted)
+        name, _colon, options = rest.partition(":")
+        known = set(options.split(",") if options else ()) <= {"read-only", "append", "truncate", "graceful"}
+        if not known or not all(character.isalnum() or character in "_-." for character in name):
             raise OptionError(f"open_file[{index}]", spec, accepted)
     return tuple(specs)
 

@@ -113,6 +113,20 @@ def test_new_rules_are_tried_on_nodes_that_look_right_already(tree: pathlib.Path
     assert plan.summary()[-1] == "have udev apply the rules to /dev/iommu"
 
 
+def test_systemd_learns_of_the_stable_names_also_where_older_rules_made_them(tree: pathlib.Path) -> None:
+    text = _udev.rules_text({}, True)
+    assert ', TAG+="systemd"' in next(line for line in text.splitlines() if "SYMLINK" in line)
+    follow(tree, text.replace(', TAG+="systemd"', ""), {})
+    plan = _udev.plan_present(read(tree), {}, True, Host(str(tree)))
+    assert plan.summary() == [
+        "write /etc/udev/rules.d/90-iommufd-host.rules",
+        "have udev apply the rules to /dev/vfio/devices/vfio0",
+    ]
+    follow(tree, text, {})
+    assert _udev.plan_present(read(tree), {}, True, Host(str(tree))).summary() == []
+    assert "systemd" not in _udev.rules_text({"cdevs": access(0o640)}, False)
+
+
 def test_a_kind_that_is_no_longer_named_gets_its_default_back_first(tree: pathlib.Path) -> None:
     both = {"iommu": access(0o640), "cdevs": access(0o640)}
     follow(

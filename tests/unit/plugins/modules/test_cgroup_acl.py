@@ -45,9 +45,16 @@ def test_devices_are_needed(devices: list[str] | None) -> None:
 
 
 def test_open_file() -> None:
-    good = ["/dev/iommu", "/dev/iommu:iommu", "/dev/iommu:iommu:graceful", r"/dev/vfio/by-path/pci-0000\:02\:00.0:gpu"]
+    good = [
+        "/dev/iommu",
+        "/dev/iommu:iommu",
+        "/dev/iommu:iommu:graceful",
+        r"/dev/vfio/by-path/pci-0000\x3a02\x3a00.0:gpu",
+    ]
     assert cgroup_acl.parse_open_file(good) == tuple(good)
-    for bad in ("iommu", "/etc/shadow:x", "/dev/iommu:a b", "/dev/*:x", "/dev/iommu:x\nUser=root"):
+    # Of the ways to write a colon in a path systemd takes \x3a alone; without it, the path ends there.
+    colons = (r"/dev/vfio/by-path/pci-0000\:02\:00.0:gpu", "/dev/vfio/by-path/pci-0000:02:00.0")
+    for bad in ("iommu", "/etc/shadow:x", "/dev/iommu:a b", "/dev/*:x", "/dev/iommu:x\nUser=root", *colons):
         with pytest.raises(OptionError, match=r"^open_file\[0\]: "):
             cgroup_acl.parse_open_file([bad])
 
