@@ -55,7 +55,7 @@ test-fast: lint typing unit ## What needs no virtual machine
 
 .PHONY: peers
 peers: ## What unit tests compare with or run, where it is there: libvirt's and Augeas' own parsers, tools
-	@tests/tools/packages cpio fdisk iproute2 libaugeas0 libvirt0 pciutils shellcheck xz-utils zstd
+	@tests/tools/packages busybox-static cpio fdisk iproute2 libaugeas0 libvirt0 pciutils shellcheck xz-utils zstd
 
 .PHONY: unit
 unit: ready ## Unit tests
