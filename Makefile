@@ -48,10 +48,14 @@ lab-destroy: ready ## Destroy the lab hosts of INVENTORY
 # -- For developers ---------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: test-fast sanity importer page molecule ## All tests, as CI runs them
+test: peers test-fast sanity importer page molecule ## All tests, as CI runs them
 
 .PHONY: test-fast
 test-fast: lint typing unit ## What needs no virtual machine
+
+.PHONY: peers
+peers: ## What unit tests compare with or run, where it is there: libvirt's and Augeas' own parsers, tools
+	@tests/tools/packages cpio fdisk iproute2 libaugeas0 libvirt0 pciutils shellcheck xz-utils zstd
 
 .PHONY: unit
 unit: ready ## Unit tests
@@ -87,12 +91,12 @@ importer: ready ## Build the collection and let the Galaxy importer judge it
 
 .PHONY: page
 page: ready ## The audit playbook, and its page in Chromium; figures in build/page.json
-	@tests/tools/chromium
+	@tests/tools/packages chromium fonts-dejavu-core
 	@python -m pytest -q --basetemp=build/pytest-page tests/page
 
 .PHONY: screenshots
 screenshots: ready ## The pictures in docs/images, made anew
-	@tests/tools/chromium fonts-inter fonts-jetbrains-mono
+	@tests/tools/packages chromium fonts-dejavu-core fonts-inter fonts-jetbrains-mono
 	@python tests/page/screenshots.py docs/images
 
 .PHONY: molecule

@@ -14,6 +14,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_conf
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM
 from ansible_collections.iommufd.host.plugins.module_utils._packages import read_packages
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, Step, WriteFile, run, wait_until
 
@@ -41,7 +42,7 @@ class Libvirt:
     Attributes:
         path: qemu.conf.
         content: its bytes; None where it is not there.
-        default: the list that libvirt uses where none is set.
+        default: the list that a guest which uses KVM has where none is set.
         default_source: where that was learnt, in words.
         stale_daemons: daemons that run and were started before the file was last written.
         running_daemons: daemons that run.
@@ -88,10 +89,18 @@ def read_libvirt(host: Host, path: str) -> Libvirt:
                 stale.append(daemon)
     version = installed_version(host)
     default, source = _default(host, path, content, version)
+    if KVM not in default:
+        default.append(KVM)
+        source += f", and {KVM}"
     return Libvirt(path, content, tuple(default), source, tuple(running), tuple(stale), version)
 
 
 def _default(host: Host, path: str, content: bytes | None, version: str | None) -> tuple[list[str], str]:
+    """The list as libvirt shows it, and where from.
+
+    A libvirt whose list has no /dev/kvm (12.8) adds that for guests that use KVM, but only where no list is set: with
+    one that lacks it, their QEMU says "Could not access KVM kernel module". Both were seen.
+    """
     for candidate in [*(path + suffix for suffix in _SHIPPED_SUFFIXES), path]:
         text = content if candidate == path else host.read_bytes(candidate)
         if text is None:

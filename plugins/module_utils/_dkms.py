@@ -286,11 +286,13 @@ class Wanted:
         install_packages: whether packages may be installed.
         source: a kernel source tarball to use in place of the distribution's.
         check: whether this is check mode, in which package lists cannot be fetched.
+        offline: whether the system does not run (an image in the making, entered by chroot): the newest kernel counts.
     """
 
     install_packages: bool = True
     source: str | None = None
     check: bool = False
+    offline: bool = False
 
 
 def plan_present(host: Host, wanted: Wanted) -> Planned:
@@ -302,7 +304,9 @@ def plan_present(host: Host, wanted: Wanted) -> Planned:
     """
     kernels = read_kernels(host)
     planned = Planned(Plan(), kernels)
-    running = next((kernel for kernel in kernels if kernel.running), None)
+    running = next((kernel for kernel in kernels if (kernel.newest if wanted.offline else kernel.running)), None)
+    if running is None and wanted.offline:
+        raise HostError("No kernel is installed under /usr/lib/modules.")
     if running is None:
         raise HostError(
             f"The running kernel {release(host) or '(unknown)'} has no modules installed under /usr/lib/modules; it "
@@ -341,7 +345,8 @@ def plan_present(host: Host, wanted: Wanted) -> Planned:
     for kernel in targets:
         if kernel.state != "dkms" or renew:
             _plan_initramfs(host, planned.plan, kernel.release)
-    _plan_unload(host, planned, running)
+    if not wanted.offline:
+        _plan_unload(host, planned, running)
     return planned
 
 

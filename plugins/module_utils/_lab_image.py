@@ -25,6 +25,7 @@ import typing as t
 from dataclasses import dataclass
 from pathlib import Path
 
+from ansible_collections.iommufd.host.plugins.module_utils import _lab_iommufd
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
@@ -197,7 +198,9 @@ _GRUB = """\
 GRUB_TIMEOUT=0
 GRUB_TERMINAL=serial
 GRUB_SERIAL_COMMAND="serial --unit=0 --speed=115200"
-GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX console=ttyS0,115200"
+# On a busy machine the emulated timer may be late. With interrupt remapping the kernel would panic ("timer doesn't work
+# through Interrupt-remapped IO-APIC"); as a guest of KVM it knows not to check.
+GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX console=ttyS0,115200 no_timer_check"
 """
 
 _INITRAMFS = """\
@@ -322,7 +325,7 @@ touch -d '+1 day' "$root/etc/.updated" "$root/var/.updated"
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Everything that decides on an image's content. ``size`` is in bytes."""
+    """Everything that decides on an image's content. ``size`` is in bytes; ``iommufd``: its kernel has it already."""
 
     distribution: str
     packages: tuple[str, ...] = ()
@@ -330,6 +333,7 @@ class ImageSpec:
     mirror: str = ""
     check_valid_until: bool = True
     kernel_arguments: tuple[str, ...] = ()
+    iommufd: bool = False
 
     def inputs(self) -> dict[str, t.Any]:
         """All inputs of the build, as plain data: two images with the same inputs are interchangeable."""
@@ -345,6 +349,7 @@ class ImageSpec:
             "size": self.size,
             "files": {path: [oct(mode), text] for path, (mode, text) in sorted(self.files().items())},
             "configure": self.configure(),
+            **({"iommufd": _lab_iommufd.key()} if self.iommufd else {}),
         }
 
     @property
@@ -387,6 +392,7 @@ def parse_image(
     mirror: str | None = None,
     check_valid_until: bool = True,
     kernel_arguments: t.Sequence[str] = (),
+    iommufd: bool = False,
 ) -> ImageSpec:
     """Check an image's declaration.
 
@@ -413,6 +419,7 @@ def parse_image(
         mirror or "",
         check_valid_until,
         tuple(kernel_arguments),
+        iommufd,
     )
 
 
@@ -503,6 +510,8 @@ def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
         command.append('--aptopt=Acquire::Check-Valid-Until "false"')
     command += [
         f"--essential-hook=tar-in {shlex.quote(str(work / 'files.tar'))} /",
+        # Before the rest: afterwards the image's name server is the one that a lab host has.
+        *(_iommufd_hooks(work / "iommufd.tar") if spec.iommufd else ()),
         f'--customize-hook=sh {shlex.quote(str(work / "configure"))} "$1"',
         inputs["suite"],
         str(rootfs),
@@ -523,10 +532,21 @@ def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
 
     convert = ["qemu-img", "convert", "-O", "qcow2", str(raw), str(work / "disk.qcow2")]
     logged(convert, "converting the disk", log, 600)
-    for leftover in ("disk.raw", "vmlinuz", "initrd.img", "files.tar", "configure", "serial.log"):
-        (work / leftover).unlink()
+    for leftover in ("disk.raw", "vmlinuz", "initrd.img", "files.tar", "iommufd.tar", "configure", "serial.log"):
+        (work / leftover).unlink(missing_ok=True)
     record = {"inputs": inputs, "seconds": round(time.monotonic() - started, 1)}
     (work / "image.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _iommufd_hooks(payload: Path) -> list[str]:
+    """What mmdebstrap does, when all packages are in, to have iommufd in the image."""
+    _lab_iommufd.write_payload(str(payload))
+    directory = _lab_iommufd.DIRECTORY
+    return [
+        f"--customize-hook=tar-in {shlex.quote(str(payload))} /",
+        f'--customize-hook=chroot "$1" python3 /{directory}/install.py',
+        f'--customize-hook=rm -rf "$1/{directory}"',
+    ]
 
 
 def _write_files(spec: ImageSpec, path: Path) -> None:

@@ -89,6 +89,7 @@ class Place:
         memlock_source: where that was learnt.
         profile: the AppArmor profile: a name, "libvirt" for one as libvirt makes it, or None.
         profile_reason: why there is none.
+        launcher: where the opener runs, if not where guests do (libvirt's daemon, which has a cgroup of its own).
     """
 
     manager: str
@@ -103,6 +104,7 @@ class Place:
     memlock_source: str = ""
     profile: str | None = None
     profile_reason: str = "no profile applies"
+    launcher: Place | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +198,6 @@ def libvirt_place(host: Host, libvirt: Libvirt, launcher: bool, user: str | None
     qemu = find_actor(host, "user" if user else f"user in {libvirt.path}", name, group)
     listed = _qemu_conf.active_list(libvirt.content)
     allow = tuple(libvirt.default if listed is None else listed)
-    if "/dev/kvm" not in libvirt.default:
-        allow += ("/dev/kvm",)  # such a libvirt adds it by itself for a guest that uses KVM
     controllers = settings.get("cgroup_controllers")
     limited = controllers is None or (isinstance(controllers, list) and "devices" in controllers)
     limit, source = _daemon_limit(host)
@@ -215,7 +215,22 @@ def libvirt_place(host: Host, libvirt: Libvirt, launcher: bool, user: str | None
         memlock_source="libvirt sets the limit for each guest itself" if launcher else source,
         profile=_given(profile, "libvirt" if confined else None),
         profile_reason=why,
+        launcher=_daemon_place(host) if launcher else None,
     )
+
+
+def _daemon_place(host: Host) -> Place | None:
+    """libvirt's daemon as the opener of the nodes: it does so before QEMU has a cgroup, as root, under its own profile.
+
+    Seen with libvirt 12.8: ``cgroup_device_acl``, the guest's profile and the guest's limit have no part in it.
+    """
+    for daemon in installed_daemons(host):
+        process = read_service(host, daemon).process
+        current = host.read_line(f"/proc/{process}/attr/current") if process is not None else None
+        confined = re.fullmatch(r"(\S+) \((?:enforce|kill)\)", current or "")
+        place = unit_place(host, daemon, False, None, confined[1] if confined else "unconfined")
+        return dataclasses.replace(place, opener=ROOT, kvm=None, profile_reason=f"{daemon} runs without one")
+    return None
 
 
 def _daemon_limit(host: Host) -> tuple[int | None, str]:
@@ -762,17 +777,23 @@ def probe(host: Host, place: Place, targets: t.Sequence[Target], pin: int | None
     nodes = {target: read_node(host, target.path, accounts, target.sysfs) for target in targets if target.path}
     kvm = Target(KVM, "/sys/class/misc/kvm/dev")
     kvm_node = read_node(host, KVM, accounts, kvm.sysfs)
-    openers = (place.opener,) if place.process is None else (place.opener, place.process)
-    paths = {node.path: openers for node in nodes.values() if node is not None and stat_is_device(host, node.path)}
+    where = place.launcher or place
+    there = [node.path for node in nodes.values() if node is not None and stat_is_device(host, node.path)]
+    here = tuple(actor for actor in (place.opener if where is place else None, place.process) if actor is not None)
+    paths = dict.fromkeys(there, here)
     if kvm_node is not None and place.kvm is not None:
         paths[KVM] = (place.kvm,)
     pinning = place.process or place.opener
     trials = try_place(host, place, paths, pin, timeout)
     empty = Trial({}, {}, {}, None)
+    opened = trials
+    if where is not place:
+        opened = try_place(host, where, dict.fromkeys(there, (where.opener,)), None, timeout)
+    opening = opened.get(where.opener, empty)
     found: list[tuple[str, str, str, list[Link]]] = []
     for target in targets:
-        links = opening_links(host, place, target, nodes.get(target), place.opener, trials.get(place.opener, empty))
-        found.append((target.name, place.opener.name, "open", links))
+        links = opening_links(host, where, target, nodes.get(target), where.opener, opening)
+        found.append((target.name, where.opener.name, "open", links))
     if kvm_node is not None and place.kvm is not None:
         links = opening_links(host, place, kvm, kvm_node, place.kvm, trials.get(place.kvm, empty))
         found.append((KVM, place.kvm.name, "open", links))

@@ -9,6 +9,7 @@ set -euo pipefail
 
 images=/var/lib/libvirt/images
 serial=/var/log/libvirt/qemu/proof-serial.log
+uuid=0d5f7a3e-8f0c-4b57-9f1c-6f2f6f0e8a11
 unit=/etc/systemd/system/proof-guest.service
 wait_for=${WAIT:-300}
 emulator=${EMULATOR:-/usr/bin/qemu-system-x86_64}
@@ -41,11 +42,34 @@ INIT
     rm -rf "$work"
 }
 
+# How QEMU gets the devices: it opens them itself, as with a libvirt before 12.1, or libvirt passes descriptors.
+opening() {
+    cat <<XML
+  <qemu:commandline>
+    <qemu:arg value='-object'/><qemu:arg value='iommufd,id=iommufd0'/>
+    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:01:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x10'/>
+    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:02:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x11'/>
+  </qemu:commandline>
+XML
+}
+
+passing() {
+    for bus in 0x01 0x02; do
+        cat <<XML
+    <hostdev mode='subsystem' type='pci' managed='no'>
+      <driver name='vfio' iommufd='yes'/>
+      <source><address domain='0x0000' bus='$bus' slot='0x00' function='0x0'/></source>
+    </hostdev>
+XML
+    done
+}
+
+# domain DEVICES EXTENSION: XML within <devices>, and after it.
 domain() {
     cat <<XML
 <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>proof</name>
-  <uuid>0d5f7a3e-8f0c-4b57-9f1c-6f2f6f0e8a11</uuid>
+  <uuid>$uuid</uuid>
   <memory unit='MiB'>512</memory>
   <vcpu>1</vcpu>
   <os>
@@ -61,12 +85,9 @@ domain() {
     <emulator>$emulator</emulator>
     <serial type='file'><source path='$serial'/></serial>
     <memballoon model='none'/>
+$1
   </devices>
-  <qemu:commandline>
-    <qemu:arg value='-object'/><qemu:arg value='iommufd,id=iommufd0'/>
-    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:01:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x10'/>
-    <qemu:arg value='-device'/><qemu:arg value='vfio-pci,host=0000:02:00.0,iommufd=iommufd0,bus=pcie.0,addr=0x11'/>
-  </qemu:commandline>
+$2
 </domain>
 XML
 }
@@ -77,15 +98,16 @@ seen() {
     grep -aq 'PROOF nvme PROOF0' "$1"
 }
 
+# libvirt DEVICES EXTENSION
 libvirt() {
     virsh --quiet destroy proof 2>/dev/null || true
     rm -f "$serial"
-    domain >/var/tmp/proof/domain.xml
+    domain "$@" >/var/tmp/proof/domain.xml
     virsh --quiet create /var/tmp/proof/domain.xml
     local pid
     pid=$(pgrep -f 'guest=proof,' | head -1)
     echo "QEMU runs as $(ps -o user= -p "$pid"), capabilities $(awk '/^CapEff/ { print $2 }' "/proc/$pid/status")"
-    echo "QEMU opened $(readlink /proc/"$pid"/fd/* | grep -E '^/dev/(iommu|vfio/)' | sort | tr '\n' ' ')"
+    echo "QEMU holds $(readlink /proc/"$pid"/fd/* | grep -E '^/dev/(iommu|vfio/)' | sort | tr '\n' ' ')"
     echo "profile $(cat "/proc/$pid/attr/current")"
     echo "program $(readlink "/proc/$pid/exe")"
     for _second in $(seq "$wait_for"); do
@@ -128,13 +150,15 @@ launch() {
 
 forget() {
     systemctl stop proof-guest.service
-    rm -f "$unit"
+    # libvirt leaves its profile behind where a start has failed.
+    rm -f "$unit" "/etc/apparmor.d/libvirt/libvirt-$uuid"
     systemctl daemon-reload
 }
 
 case $1 in
 prepare) prepare ;;
-libvirt) libvirt ;;
+libvirt) libvirt "" "$(opening)" ;;
+libvirt-passing) libvirt "$(passing)" "" ;;
 unit) write_unit ;;
 launch) launch ;;
 forget) forget ;;

@@ -54,18 +54,32 @@ def test_the_default_is_the_one_in_the_file(tmp_path: pathlib.Path) -> None:
 
 def test_the_file_that_the_package_would_have_installed_knows_better(tmp_path: pathlib.Path) -> None:
     state = read(host(tmp_path, dpkg_dist=NEW))
-    assert state.default == ("/dev/null", "/dev/userfaultfd")
+    assert state.default == ("/dev/null", "/dev/userfaultfd", "/dev/kvm")
 
 
 @pytest.mark.parametrize(
-    ("version", "passes", "kvm"),
-    [("9.0.0-4+deb12u2", False, True), ("2:11.3.0-3", False, True), ("12.1.0", True, True), ("12.8.0", True, False)],
+    ("version", "passes", "faults"),
+    [("9.0.0-4+deb12u2", False, False), ("2:11.3.0-3", False, True), ("12.1.0", True, True), ("12.8.0", True, True)],
 )
-def test_without_a_comment_the_version_decides(tmp_path: pathlib.Path, version: str, passes: bool, kvm: bool) -> None:
+def test_without_a_comment_the_version_decides(
+    tmp_path: pathlib.Path, version: str, passes: bool, faults: bool
+) -> None:
     state = read(host(tmp_path, 'user = "x"\n', version))
     assert state.passes_descriptors is passes
-    assert ("/dev/kvm" in state.default) is kvm
+    assert ("/dev/userfaultfd" in state.default) is faults
     assert "built-in list of libvirt" in state.default_source
+
+
+def test_guests_keep_kvm_where_libvirt_gives_it_only_without_a_list(tmp_path: pathlib.Path) -> None:
+    conf = '#cgroup_device_acl = [\n#    "/dev/null", "/dev/userfaultfd"\n#]\n'
+    state = read(host(tmp_path, conf, "12.8.0"))
+    (write,) = [step for step in _access.plan_present(state, ["/dev/iommu"], True).steps if step.subject]
+    assert isinstance(write, _access.WriteConf)
+    assert _qemu_conf.active_list(write.content) == ["/dev/null", "/dev/userfaultfd", "/dev/kvm", "/dev/iommu"]
+    assert _qemu_conf.strip(write.content, state.default) == conf.encode()
+    # A list that an earlier version of ours wrote without it is written anew.
+    earlier = _qemu_conf.merge(conf.encode(), ["/dev/iommu"], ["/dev/null", "/dev/userfaultfd"])
+    assert _qemu_conf.merge(earlier, ["/dev/iommu"], state.default) == write.content
 
 
 def test_nothing_known(tmp_path: pathlib.Path) -> None:

@@ -120,6 +120,15 @@ def test_a_fresh_stock_kernel(host: Debian) -> None:
     assert {step.subject for step in planned.plan.steps} >= {f"{TREE}/{name}" for name in FILES}
 
 
+def test_an_image_in_the_making_gets_them_for_its_newest_kernel(host: Debian) -> None:
+    host.kernel()
+    host.put("/proc/sys/kernel/osrelease", "6.1.0-40-amd64\n")  # that of the machine which makes the image
+    with pytest.raises(HostError, match=r"6\.1\.0-40-amd64 has no modules installed"):
+        present(host)
+    summary = present(host, offline=True).plan.summary()
+    assert summary[-1] == f"build and install iommufd and vfio for kernel {RELEASE} with DKMS"
+
+
 def test_the_metapackage_of_headers_comes_only_with_that_of_the_image(host: Debian) -> None:
     host.kernel()
     assert "linux-headers-amd64" not in present(host).installs

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+import tarfile
 import typing as t
 from pathlib import Path
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _lab_image
+from ansible_collections.iommufd.host.plugins.module_utils import _lab_image, _lab_iommufd
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._lab_image import (
     DISTRIBUTIONS,
@@ -36,6 +38,7 @@ def test_the_key_is_the_same_for_the_same_image() -> None:
         parse_image("trixie", mirror="http://mirror.example/debian"),
         parse_image("trixie", check_valid_until=False),
         parse_image("trixie", kernel_arguments=["intel_iommu=off"]),
+        parse_image("trixie", iommufd=True),
     ],
 )
 def test_the_key_covers_every_input(other: ImageSpec) -> None:
@@ -114,3 +117,22 @@ def test_the_partition_table(tmp_path: Path) -> None:
     assert int.from_bytes(entry[8:12], "little") * 512 == 1 << 20
     assert (int.from_bytes(entry[8:12], "little") + int.from_bytes(entry[12:16], "little")) * 512 == 2 << 30
     assert sector[462:510] == bytes(48)
+
+
+def test_the_code_that_builds_iommufd_in_an_image_needs_nothing_but_python(tmp_path: Path) -> None:
+    payload = tmp_path / "payload.tar"
+    _lab_iommufd.write_payload(str(payload))
+    with tarfile.open(payload) as archive:
+        archive.extractall(tmp_path, filter="data")
+    top = tmp_path / _lab_iommufd.DIRECTORY
+    check = (
+        f"import sys; sys.path.insert(0, {str(top)!r})\n"
+        "from ansible_collections.iommufd.host.plugins.module_utils import _dkms\n"
+        "print(_dkms.__file__, 'ansible' in sys.modules)"
+    )
+    # Isolated: nothing of this environment is found.
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        str(top / "ansible_collections/iommufd/host/plugins/module_utils/_dkms.py"),
+        "False",
+    ]

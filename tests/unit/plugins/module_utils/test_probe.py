@@ -20,6 +20,7 @@ import pytest
 from ansible_collections.iommufd.host.plugins.module_utils import _access, _probe, _probe_child
 from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl as acl
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import Node
 from ansible_collections.iommufd.host.plugins.module_utils._probe import Actor, Place, Target, Trial
 from ansible_collections.iommufd.host.plugins.modules import access_probe
@@ -275,6 +276,27 @@ def test_a_launcher_opens_as_root_and_qemu_must_not(libvirt_host: Machine) -> No
     assert place.opener == _probe.ROOT
     assert place.process is not None
     assert (place.process.name, place.memlock) == ("libvirt-qemu", -1)
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_where_libvirt_passes_descriptors_its_daemon_opens_the_nodes_in_its_own_cgroup(
+    libvirt_host: Machine, monkeypatch: pytest.MonkeyPatch, confined: bool
+) -> None:
+    shown = "LoadState=loaded\nActiveState=active\nMainPID=747\nSlice=system.slice\nDevicePolicy=closed\n"
+    shown += "DeviceAllow=/dev/iommu rw\nLimitMEMLOCK=67108864\n"
+    monkeypatch.setattr(Host, "ask", lambda _self, argv, *_more: Output(0, shown if "show" in argv else "", ""))
+    libvirt_host.file("/proc/747/attr/current", "libvirtd (enforce)\n" if confined else "unconfined\n")
+    place = libvirt_place(libvirt_host, launcher=True)
+    daemon = place.launcher
+    assert daemon is not None
+    assert (daemon.name, daemon.opener, daemon.process, daemon.kvm) == ("virtqemud.service", _probe.ROOT, None, None)
+    assert (daemon.policy, daemon.allow, daemon.slice) == ("closed", ("/dev/iommu",), "system.slice")
+    assert daemon.profile == ("libvirtd" if confined else None)
+    assert "/dev/iommu" not in place.allow, "the guest's own list has no part in it"
+    shut = _probe.opening_links(
+        libvirt_host.host, daemon, TARGET, node(gid=0, group="root"), daemon.opener, answers(0, FORBIDDEN)
+    )[-1]
+    assert "device policy of virtqemud.service" in shut.detail
 
 
 def test_a_user_or_profile_given_counts_more(libvirt_host: Machine) -> None:
