@@ -87,7 +87,8 @@ B = "b" * 32
 @pytest.fixture(autouse=True)
 def directory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(_qemu_install, "DIRECTORY", str(tmp_path / "opt/qemu"))
-    monkeypatch.setattr(_qemu_install, "_ABSTRACTION", str(tmp_path / "no-apparmor"))
+    for name in ("ABSTRACTION", "BASE", "RULES_FILE"):
+        monkeypatch.setattr(_qemu_apparmor, name, str(tmp_path / "no-apparmor"))
     return str(tmp_path / "opt/qemu")
 
 
