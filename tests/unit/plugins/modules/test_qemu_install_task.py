@@ -14,7 +14,12 @@ import pytest
 from ansible.errors import AnsibleActionFail
 
 from ansible_collections.iommufd.host.plugins.action import qemu_install as action
-from ansible_collections.iommufd.host.plugins.module_utils import _ansible, _qemu_artefact, _qemu_install
+from ansible_collections.iommufd.host.plugins.module_utils import (
+    _ansible,
+    _qemu_apparmor,
+    _qemu_artefact,
+    _qemu_install,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.modules import qemu_install
 
