@@ -86,8 +86,8 @@ options:
     description:
       - Files that systemd opens and passes to a service, as in C(OpenFile), for example V(/dev/iommu:iommu).
         Needs systemd 253.
-      - systemd wants a colon of the path as C(\x3a). The stable name of a device is
-        V(/dev/vfio/by-path/pci-0000\x3a02\x3a00.0:gpu). systemd 255 did not open such a path at first.
+      - systemd wants a colon of the path as C(\\x3a). The stable name of a device is
+        V(/dev/vfio/by-path/pci-0000\\x3a02\\x3a00.0:gpu). systemd 255 did not open such a path at first.
     type: list
     elements: str
     default: []

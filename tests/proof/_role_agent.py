@@ -197,8 +197,8 @@ def shell(script: str) -> None:
 
 
 def but(name: str, word: str) -> t.Callable[[], contextlib.AbstractContextManager[None]]:
-    """A command that works but for one of its subcommands."""
-    return lambda: command(name, f'[ "$1" = {word} ] && {{ echo boom >&2; exit 1; }}; exec /usr/bin/{name} "$@"')
+    """A command that works but for one of its subcommands (a pattern of the shell)."""
+    return lambda: command(name, f'case $1 in {word}) echo boom >&2; exit 1 ;; esac; exec /usr/bin/{name} "$@"')
 
 
 Failure = t.Callable[[], contextlib.AbstractContextManager[None]]
@@ -224,14 +224,14 @@ FAILURES: dict[t.Callable[[bool], Plan], dict[str, Failure]] = {
         "no room in /etc/udev/rules.d": lambda: full("/etc/udev/rules.d"),
     },
     device_list: {
-        "libvirt's daemon does not start": but("systemctl", "restart"),
+        "libvirt's daemon does not start": but("systemctl", "*restart"),
         "no room in /etc/libvirt": lambda: full("/etc/libvirt"),
     },
     apparmor: {
         "AppArmor refuses the rules": lambda: command("apparmor_parser", "echo boom >&2; exit 1"),
     },
     drop_ins: {"systemd cannot be reloaded": but("systemctl", "daemon-reload")},
-    memlock: {"libvirt's daemon cannot be restarted": but("systemctl", "restart")},
+    memlock: {"libvirt's daemon cannot be restarted": but("systemctl", "*restart")},
 }
 
 

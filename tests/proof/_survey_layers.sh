@@ -94,7 +94,7 @@ ip link set "$(net 0000:0e:00.0)" netns blue
 
 udevadm settle --timeout=300
 for _try in $(seq 60); do
-    if ls -l /proc/"$(pgrep -x qemu-system-x86)"/fd | grep -q /dev/vfio/[0-9]; then break; fi
+    if readlink /proc/"$(pgrep -x qemu-system-x86)"/fd/* | grep -q '/dev/vfio/[0-9]'; then break; fi
     sleep 1
 done
 cat /tmp/guest.log
