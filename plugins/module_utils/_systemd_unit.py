@@ -449,6 +449,21 @@ def _node_paths(host: Host, devices: t.Iterable[str]) -> list[str]:
     return [path for path in found if host.exists(path)]
 
 
+def restart_required(was: UnitState, now: t.Mapping[str, t.Any]) -> bool:
+    """Whether a service that runs has files or a limit that count from its next start only.
+
+    Args:
+        was: the unit before the change.
+        now: what :func:`effective_policy` says after it.
+    """
+    # A systemd before 253 shows no OpenFile at all.
+    opens_others = was.shown.get("OpenFile", "") != "\n".join(now["open_file"])
+    before = was.shown.get("LimitMEMLOCK")
+    return bool(
+        now["active"] and was.unit.endswith(".service") and (opens_others or before != (now["memlock"] or before))
+    )
+
+
 def effective_policy(host: Host, unit: str) -> dict[str, t.Any]:
     """What systemd has loaded for a unit and, for one that runs, what its cgroup enforces.
 

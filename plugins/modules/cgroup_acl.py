@@ -420,10 +420,7 @@ def work_systemd(module: AnsibleModule, host: Host) -> Outcome:
         found = []
         for unit, was in before.items():
             now = _systemd_unit.effective_policy(host, unit)
-            changed = was.shown.get("OpenFile") != "\n".join(now["open_file"]) or was.shown.get("LimitMEMLOCK") != (
-                now["memlock"] or was.shown.get("LimitMEMLOCK")
-            )
-            now["restart_required"] = bool(now["active"] and unit.endswith(".service") and changed)
+            now["restart_required"] = _systemd_unit.restart_required(was, now)
             found.append(now)
         return {"units": found}
 

@@ -169,3 +169,21 @@ def test_units_with_a_drop_in_of_ours_are_found(tmp_path: pathlib.Path) -> None:
 def test_a_template_is_asked_about_through_an_instance() -> None:
     assert unit.show_name("guest@.service") == "guest@iommufd-host.service"
     assert unit.show_name("guest@one.service") == "guest@one.service"
+
+
+@pytest.mark.parametrize(
+    ("before", "open_file", "memlock", "required"),
+    [
+        ({"LimitMEMLOCK": "8388608"}, [], "8388608", False),  # systemd 252, which has no OpenFile=
+        ({"LimitMEMLOCK": "8388608", "OpenFile": ""}, [], "8388608", False),
+        ({"LimitMEMLOCK": "8388608", "OpenFile": ""}, ["/dev/iommu:iommu:"], "8388608", True),
+        ({"LimitMEMLOCK": "8388608", "OpenFile": ""}, [], "infinity", True),
+    ],
+)
+def test_files_and_limit_count_from_the_next_start(
+    before: dict[str, str], open_file: list[str], memlock: str, required: bool
+) -> None:
+    was = unit.UnitState("guest.service", None, before)
+    now = {"active": True, "open_file": open_file, "memlock": memlock}
+    assert unit.restart_required(was, now) is required
+    assert unit.restart_required(was, {**now, "active": False}) is False
