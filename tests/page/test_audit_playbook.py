@@ -123,8 +123,14 @@ def test_a_fleet(audit: Audit) -> None:
 
 
 def test_again_there_is_nothing_new(audit: Audit) -> None:
+    def found() -> dict[str, object]:
+        report = json.loads((audit.directory / "report" / "report.json").read_text())
+        return {key: value for key, value in report.items() if key != "generated"}
+
+    before = found()
     ran = audit.run()
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert found() == before
     assert "changed=1" not in ran.stdout
 
 
