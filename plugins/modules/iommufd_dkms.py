@@ -20,7 +20,7 @@ description:
     another point release of the same series, it is used all the same. Within a stable series these directories
     change by fixes only, and a difference that matters does not compile. A kernel of a series without sources is
     skipped, so that it can be installed. DKMS says so then, and its log names the package; run this module again.
-  - Run with Linux 6.12 (trixie) and 7.2 (forky). For 7.3 (trixie-backports) it has been built, not booted.
+  - Run with Linux 6.12 (trixie), 7.2 (forky) and 7.3 (trixie-backports).
   - Where the kernel follows the distribution's own series (package C(linux-image-FLAVOUR), not from backports), the
     package C(linux-source) is installed too, so that a kernel of the next series comes with its sources.
   - An initramfs that is configured to hold C(vfio) is made anew, for the C(vfio) in there is the one that stays loaded.
