@@ -15,6 +15,11 @@ shell script reads it and sets ``driver_override``, at three moments:
 * for each function that appears later (hot-plug, new VFs), by a udev rule; the host's driver may have taken it by then
   and has to give it back.
 
+An image may know more than the real root: giving back ends with the images, and a power cut comes before that. Such a
+function would have an override that nobody acts on, and no driver. So the initramfs notes what it has taken in a file
+in /dev (of what it has mounted by then only that stays for the real root), and the service lets go what is not on the
+list any more. For the same reason the list is the first to go, and the service and the script go after the images.
+
 The kernel log has a line for each (``iommufd-host: 0000:02:00.0: driver_override vfio-pci``). The kernel argument
 ``iommufd_host=off`` turns all of it off for one boot.
 """
@@ -70,6 +75,8 @@ DRACUT = "/etc/dracut.conf.d/90-iommufd-host.conf"
 # In an image of initramfs-tools /init sources the files of this directory once /sys, /proc and /dev are mounted and
 # before any script runs, udev's among them (initramfs-tools(7); the scripts themselves are in no dependable order).
 IMAGE_CONF = "/conf/conf.d/iommufd-host"
+# Written in the initramfs, read and removed in the real root.
+TAKEN = "/dev/.iommufd-host-taken"
 
 _IDENTITY = re.compile(r"[0-9a-f]{4}:[0-9a-f]{4}")
 _DRIVER = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -123,7 +130,14 @@ _SCRIPT = r"""#!/bin/sh
 stage=${1:-boot}
 only=${2:-}
 conf=/etc/iommufd-host/devices.conf
+taken=@TAKEN@
 pci=/sys/bus/pci
+
+# dracut's image runs the same stage as the real root.
+image=
+if [ "$stage" = init ] || [ -e /etc/initrd-release ]; then
+    image=yes
+fi
 
 say() {
     echo "<$1>iommufd-host: $2" >/dev/kmsg
@@ -198,6 +212,7 @@ take() {
         echo "$2" >"$device/driver_override" || return 0
         say 6 "$1: driver_override $2"
     fi
+    [ -z "$image" ] || echo "$1 $2" >>"$taken"
     if [ "$stage" != init ] && ! [ -e "$pci/drivers/$2" ]; then
         modprobe -q "$2"
     fi
@@ -213,6 +228,30 @@ take() {
         say 3 "$1: there is no driver $2"
     fi
 }
+
+# Lets go of what an older list in the initramfs has taken.
+let_go() {
+    device=$pci/devices/$1
+    while read -r address rest; do
+        [ "$address" != "$1" ] || return 0
+    done <"$list"
+    [ -e "$device" ] || return 0
+    read -r override <"$device/driver_override"
+    [ "$override" = "$2" ] || return 0
+    echo >"$device/driver_override"
+    [ -e "$pci/drivers/$2/$1" ] && echo "$1" >"$pci/drivers/$2/unbind"
+    [ -e "$device/driver" ] || echo "$1" >"$pci/drivers_probe"
+    say 5 "$1: the initramfs has an older list: back with the host"
+}
+
+if [ "$stage" = boot ] && [ -z "$image" ] && [ -r "$taken" ]; then
+    list=$conf
+    [ -r "$list" ] || list=/dev/null
+    while read -r one driver; do
+        let_go "$one" "$driver"
+    done <"$taken"
+    rm -f "$taken"
+fi
 
 [ -r "$conf" ] || exit 0
 read -r arguments </proc/cmdline
@@ -239,7 +278,8 @@ _UNIT = (
 [Unit]
 Description=Give PCI devices to the drivers of guests before drivers of the host take them
 DefaultDependencies=no
-ConditionPathExists={CONF}
+ConditionPathExists=|{CONF}
+ConditionPathExists=|{TAKEN}
 # From here on udev's socket keeps what the kernel reports, so that nothing falls between this service and udev's rule.
 After=systemd-udevd-kernel.socket
 Before=systemd-udev-trigger.service sysinit.target
@@ -290,15 +330,23 @@ cat >"$DESTDIR{IMAGE_CONF}" <<'END'
 """
 )
 
-# The same service runs in dracut's image, where systemd and udev work as in the real root. "Optional": an image that
-# is made when there is nothing more to take lacks the files, and that is no error.
-_DRACUT = own_header() + f'install_optional_items+=" {CONF} {SCRIPT} {UNIT} {UNIT_LINK} "\n'
+# The same service runs in dracut's image, where systemd and udev work as in the real root. An image that is made when
+# there is nothing more to take has no use for it; dracut reads this as a shell script.
+_DRACUT = (
+    own_header()
+    + f"""\
+if [ -r {CONF} ]; then
+    install_optional_items+=" {CONF} {SCRIPT} {UNIT} {UNIT_LINK} "
+fi
+"""
+)
 
 
 def script_content() -> bytes:
     """The script, with a digest of the files that bring it into an image: one that was made by older files is stale."""
     digest = hashlib.sha256((_HOOK + _DRACUT).encode()).hexdigest()[:16]
-    return _SCRIPT.replace("@MARK@\n", own_header()).replace("@DIGEST@", f"Boot files {digest}").encode()
+    text = _SCRIPT.replace("@MARK@\n", own_header()).replace("@TAKEN@", TAKEN)
+    return text.replace("@DIGEST@", f"Boot files {digest}").encode()
 
 
 def render(entries: t.Iterable[Entry]) -> bytes:
@@ -762,28 +810,24 @@ def _plan_present(
 
 
 def _plan_absent(host: Host, generator: Generator | None, images: list[Image]) -> list[Step]:
-    files: list[Step] = []
+    first = remove_own(host, CONF)
+    middle: list[Step] = []
+    last: list[Step] = []
     if host.readlink(UNIT_LINK) is not None:
-        files.append(disable_unit(UNIT_NAME))
-    files += remove_own(host, CONF) + remove_own(host, RULE) + remove_own(host, UNIT) + remove_own(host, SCRIPT)
-    steps = files
+        last.append(disable_unit(UNIT_NAME))
+    last += remove_own(host, RULE) + remove_own(host, UNIT) + remove_own(host, SCRIPT)
     for candidate in (INITRAMFS_TOOLS, DRACUT_TOOL):
         if not host.exists(candidate.marker):
             continue
-        for path, _content, _mode in candidate.files[:-1]:
-            files += remove_own(host, path)
         stale = [
             image for image in images if candidate is generator and is_stale(host, image, {}, lambda address: False)
         ]
-        marker = remove_own(host, candidate.marker)
-        steps = [*files, *_image_steps(host, generator, stale, [*files, *marker], b""), *marker]
-    if (
-        files
-        and host.exists("/run/systemd/system")
-        and any(isinstance(s, RemoveFile) and s.path == UNIT for s in files)
-    ):
-        steps = [*steps, forget_unit()]
-    return steps
+        middle += _image_steps(host, generator, stale, first, b"")
+        for path, _content, _mode in candidate.files:
+            last += remove_own(host, path)
+    if host.exists("/run/systemd/system") and any(step.subject == UNIT for step in last):
+        last.append(forget_unit())
+    return [*first, *middle, *last]
 
 
 def _image_steps(

@@ -26,6 +26,7 @@ import host_state
 
 PAYLOAD = "/var/tmp/proof/payload"
 MODULE = "ansible_collections.iommufd.host.plugins.modules.vfio_bind"
+ARGUMENTS = "/var/tmp/proof/arguments.json"
 
 Json = dict[str, t.Any]
 
@@ -57,9 +58,12 @@ def call(options: Json, check: bool = False, kill: Json | None = None, timeout: 
         timeout: seconds.
     """
     arguments = {"ANSIBLE_MODULE_ARGS": {**options, "_ansible_check_mode": check, "_ansible_diff": check}}
+    # In a file: as an argument Ansible would first take it for the name of one, and a long name is an error.
+    with open(ARGUMENTS, "w") as file:
+        json.dump(arguments, file)
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", MODULE, json.dumps(arguments)],
+        [sys.executable, "-m", MODULE, ARGUMENTS],
         env=dict(os.environ, PYTHONPATH=PAYLOAD),
         cwd="/",
         stdin=subprocess.DEVNULL,

@@ -25,6 +25,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     HOOK,
     RULE,
     SCRIPT,
+    TAKEN,
     UNIT,
     UNIT_LINK,
     Entry,
@@ -145,6 +146,13 @@ def test_undone_leaves_nothing(server: Machine) -> None:
     assert tree(server) == before
     assert server.at(IMAGE).read_bytes() == image
     assert plan(server) == []
+
+
+def test_the_list_goes_first_and_what_reads_it_after_the_images(server: Machine) -> None:
+    carry_out(server, plan(server, ENTRY))
+    steps = [step.subject for step in plan(server)]
+    assert steps[:2] == [CONF, IMAGE]
+    assert set(steps[2:]) == {"iommufd-host-devices.service", RULE, UNIT, SCRIPT, HOOK}
 
 
 def test_a_clean_host_needs_nothing_to_keep_nothing(server: Machine) -> None:
@@ -340,7 +348,7 @@ class Script:
         machine.directory("/sys/class/block")
         machine.file(CONF, render([ENTRY]))
         text = script_content().decode()
-        for place in ("/sys/", "/proc/", "/etc/", "/dev/kmsg"):
+        for place in ("/sys/", "/proc/", "/etc/", "/dev/kmsg", TAKEN):
             text = re.sub(rf"(?<![\w$/\"]){place}", f"{machine.root}{place}", text)
         text = text.replace('"/sys/', f'"{machine.root}/sys/').replace(">/dev/kmsg", f">>{machine.root}/dev/kmsg")
         text = text.replace(f">{machine.root}/dev/kmsg", f">>{machine.root}/dev/kmsg")
@@ -403,6 +411,53 @@ def test_a_free_device_is_taken_back_from_the_host(script: Script) -> None:
     assert script.machine.at("/sys/bus/pci/drivers/nvme/unbind").read_text() == "0000:01:00.0\n"
 
 
+def taken_by_the_image(script: Script) -> None:
+    script.machine.pci(ENTRY.address, ENTRY.identity)
+    script.machine.file("/sys/bus/pci/drivers_probe", "")
+    script.run("init")
+    assert script.machine.at(TAKEN).read_text() == "0000:01:00.0 vfio-pci\n"
+
+
+@pytest.mark.parametrize("left", [(), (OTHER,)])
+def test_what_an_older_image_has_taken_goes_back(script: Script, left: tuple[Entry, ...]) -> None:
+    taken_by_the_image(script)
+    script.machine.at(CONF).unlink()
+    if left:
+        script.machine.file(CONF, render(left))
+    assert "0000:01:00.0: the initramfs has an older list: back with the host" in script.run("boot")
+    assert script.override() == ""
+    assert script.machine.at("/sys/bus/pci/drivers_probe").read_text() == "0000:01:00.0\n"
+    assert not script.machine.at(TAKEN).exists()
+
+
+def test_what_is_on_the_list_stays_taken(script: Script) -> None:
+    taken_by_the_image(script)
+    script.machine.directory("/sys/bus/pci/drivers/vfio-pci")
+    assert "back with the host" not in script.run("boot")
+    assert script.override() == "vfio-pci"
+    assert not script.machine.at(TAKEN).exists()
+
+
+def test_an_override_of_somebody_else_stays(script: Script) -> None:
+    taken_by_the_image(script)
+    script.machine.at(CONF).unlink()
+    script.machine.file(f"{script.machine.paths[ENTRY.address]}/driver_override", "uio_pci_generic\n")
+    assert "back with the host" not in script.run("boot")
+    assert script.override() == "uio_pci_generic"
+
+
+def test_in_the_image_of_dracut_nothing_goes_back(script: Script) -> None:
+    script.machine.file("/etc/initrd-release", "")
+    script.machine.pci(ENTRY.address, ENTRY.identity)
+    script.machine.file("/sys/bus/pci/drivers_probe", "")
+    script.machine.directory("/sys/bus/pci/drivers/vfio-pci")
+    script.run("boot")
+    assert script.machine.at(TAKEN).read_text() == "0000:01:00.0 vfio-pci\n"
+    script.machine.at(CONF).unlink()
+    script.run("boot")
+    assert script.machine.at(TAKEN).exists()
+
+
 def disk(machine: Machine) -> None:
     machine.pci(ENTRY.address, ENTRY.identity, driver="nvme")
     machine.disk("sda", ENTRY.address)
@@ -458,7 +513,12 @@ def test_the_digest_changes_with_the_files_that_bring_the_script_along(monkeypat
 def test_shellcheck(tmp_path: pathlib.Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    texts = (script_content(), persistence._HOOK.encode(), persistence._IMAGE_CONF.encode())
+    texts = (
+        script_content(),
+        persistence._HOOK.encode(),
+        persistence._IMAGE_CONF.encode(),
+        persistence._DRACUT.replace("install_optional_items+=", "items=").encode(),
+    )
     for number, content in enumerate(texts):
         path = tmp_path / f"{number}.sh"
         path.write_bytes(content)
