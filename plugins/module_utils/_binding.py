@@ -122,7 +122,7 @@ class Situation:
         names: what the host calls each function now, by address.
         remembered: what it called those that it has given away, by address.
         index: modules of the running kernel.
-        config: the running kernel's configuration, where it is known.
+        config: the running kernel's configuration, where it is known; not read where ``cdev_supported`` tells all.
         cdev_supported: whether the loaded vfio makes character devices; None while it is not loaded.
     """
 
@@ -177,6 +177,7 @@ class Binding:
 def read_situation(host: Host) -> Situation:
     """Read all that a decision depends on."""
     functions = read_functions(host)
+    supported = cdev_supported(host)
     return Situation(
         functions={function.address: function for function in functions},
         groups=read_groups(host),
@@ -186,8 +187,8 @@ def read_situation(host: Host) -> Situation:
         names=read_names(host, functions),
         remembered=remembered(host, functions),
         index=ModuleIndex(host),
-        config=read_config(host),
-        cdev_supported=cdev_supported(host),
+        config=read_config(host) if supported is None else None,
+        cdev_supported=supported,
     )
 
 

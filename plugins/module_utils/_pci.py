@@ -256,10 +256,15 @@ def read_function(host: Host, address: str) -> Function | None:
     return None if path is None else _read(host, address, path)
 
 
-def read_functions(host: Host) -> list[Function]:
-    """All functions, in the order of their addresses, each directory read once."""
-    addresses = list_addresses(host)
-    if not addresses and not host.live:
+def read_functions(host: Host, only: t.Sequence[str] | None = None) -> list[Function]:
+    """All functions, in the order of their addresses, each directory read once.
+
+    Args:
+        host: the host.
+        only: addresses, where those will do.
+    """
+    addresses = list_addresses(host) if only is None else only
+    if only is None and not addresses and not host.live:
         found = _find(host)
         return [_read(host, address, found[address]) for address in sorted(found, key=address_key)]
     locked = locked_functions(host, addresses, LOCK_SECONDS) if host.live else set()

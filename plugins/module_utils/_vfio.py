@@ -12,9 +12,12 @@ left without a driver because we were killed between two writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
+import re
+import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._child import Child, Stuck
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
@@ -35,6 +38,13 @@ _CDEV_SECONDS = 10.0
 
 # How long a move that is under way may go on after a signal, before its driver is taken for one that does not let go.
 _SIGNAL_SECONDS = 2.0
+
+
+# While functions move, udev works on what the kernel has reported of those before, with a dozen processes. Each move
+# goes from us to the child and back, and each time would wait for its turn behind them.
+_NICE = -10
+
+_RULES = ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d")
 
 
 def driver_of(host: Host, address: str) -> str | None:
@@ -105,6 +115,35 @@ def settle(host: Host, timeout: float = 30.0) -> None:
         host.ask(["udevadm", "settle", f"--timeout={timeout:.0f}"], timeout=timeout + 5)
 
 
+def nodes_are_udevs(host: Host) -> bool:
+    """Whether udev has a part in vfio's nodes: a rule that speaks of them, or their labels for SELinux.
+
+    Where it has none, a node is as soon as the kernel has made it as it is going to stay.
+    """
+    if host.is_dir("/sys/fs/selinux"):
+        return True
+    # Where /lib is no link yet, the distribution's rules lie there.
+    directories = _RULES if host.readlink("/lib") is not None else (*_RULES, "/lib/udev/rules.d")
+    for directory in directories:
+        for name in host.listdir(directory):
+            text = host.read_text(f"{directory}/{name}") if name.endswith(".rules") else None
+            if text is not None and re.search(r"^\s*[^#\s].*vfio", text, re.MULTILINE):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _ahead_of_udev() -> t.Iterator[None]:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, min(before, _NICE))
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
 @dataclasses.dataclass(frozen=True)
 class Handover:
     """The writes that move one function.
@@ -153,7 +192,8 @@ class Mover:
         def words(child: int) -> str:
             return _stuck(self._host, move.address, child, timeout)
 
-        self._child.do(dataclasses.asdict(move), dataclasses.asdict(back), timeout, words)
+        with _ahead_of_udev():  # the child keeps the rank in which it is started
+            self._child.do(dataclasses.asdict(move), dataclasses.asdict(back), timeout, words)
 
     def is_through(self) -> bool:
         """Whether nothing of the last move is under way any more, a signal having ended the wait for it."""

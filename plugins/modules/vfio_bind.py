@@ -376,7 +376,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import by_address
 from ansible_collections.iommufd.host.plugins.module_utils._pci import read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses
-from ansible_collections.iommufd.host.plugins.module_utils._vfio import settle
+from ansible_collections.iommufd.host.plugins.module_utils._vfio import nodes_are_udevs, settle
 
 
 def work(module: AnsibleModule) -> Outcome:
@@ -400,11 +400,15 @@ def work(module: AnsibleModule) -> Outcome:
     binding = decide(host, situation, request)
 
     def after() -> dict[str, t.Any]:
+        now, uses = situation.functions, situation.uses
         if binding.plan.changed:
-            settle(host)  # names and permissions of new nodes are udev's work; the next task may rely on them
-        functions = read_functions(host)
-        uses = all_uses(host, functions) if binding.plan.changed else situation.uses
-        now = by_address(functions)
+            # Names and permissions of new nodes, and the host's drivers, are udev's work. The next task may rely on it.
+            if not request.bound or nodes_are_udevs(host):
+                settle(host)
+            moved = [move.address for move in binding.moves]
+            others = {} if not request.bound else {key: one for key, one in now.items() if key not in moved}
+            now = {**others, **by_address(read_functions(host, moved if request.bound else None))}
+            uses = all_uses(host, list(now.values()))
         verify(host, request, binding, now)
         return {"devices": describe(host, binding, uses, now)}
 

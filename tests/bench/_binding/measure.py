@@ -4,10 +4,12 @@
 
 """Runs on the lab host: binds all VFs to vfio-pci in three ways, in turn, from the same start, and prints the seconds.
 
-usage: measure.py MODULE ROUNDS     MODULE is vfio_bind as Ansible sends it (AnsiballZ)
+usage: measure.py MODULE PING ROUNDS     MODULE is vfio_bind, PING is ansible.builtin.ping, as Ansible sends them
 
 Two figures for each way: until its end, and until udev has gone through what it caused, after which the new nodes have
-their owners, modes and names. vfio_bind itself waits for that. ``nothing`` is vfio_bind when nothing is left to do.
+their owners, modes and names. vfio_bind itself waits for that where a rule speaks of them. ``nothing`` is vfio_bind
+when nothing is left to do; ``ansible`` is a module that has nothing to do at all: the start of Python, and Ansible's
+own part.
 """
 
 from __future__ import annotations
@@ -80,9 +82,9 @@ def driverctl(vfs: list[str]) -> None:
 
 
 def main() -> None:
-    module, rounds = sys.argv[1], int(sys.argv[2])
+    module, ping, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
     vfs = addresses()
-    seconds: dict[str, list[float]] = {"ours": [], "loop": [], "driverctl": [], "nothing": []}
+    seconds: dict[str, list[float]] = {"ours": [], "loop": [], "driverctl": [], "nothing": [], "ansible": []}
     ready: dict[str, list[float]] = {"ours": [], "loop": [], "driverctl": []}
     ways = {"ours": lambda: ours(module, vfs), "loop": lambda: loop(vfs), "driverctl": lambda: driverctl(vfs)}
     subprocess.run(["modprobe", "vfio-pci"], check=True)
@@ -102,6 +104,9 @@ def main() -> None:
                 start = time.perf_counter()
                 ours(module, vfs, changed=False)
                 seconds["nothing"].append(time.perf_counter() - start)
+                start = time.perf_counter()
+                subprocess.run([sys.executable, ping], stdout=subprocess.DEVNULL, check=True)
+                seconds["ansible"].append(time.perf_counter() - start)
     print(json.dumps({"vfs": len(vfs), "seconds": seconds, "ready": ready}))
 
 

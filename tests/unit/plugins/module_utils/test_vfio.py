@@ -23,6 +23,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._vfio import (
     cdev_of,
     cdev_ready,
     cdev_supported,
+    nodes_are_udevs,
     override_of,
     settle,
 )
@@ -235,3 +236,31 @@ def test_udev_is_waited_for_only_when_it_is_busy(machine: Machine) -> None:
     machine.file("/run/udev/queue", "")
     settle(host, 5)
     assert host.asked == [["udevadm", "settle", "--timeout=5"]]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "answer"),
+    [
+        ("/etc/udev/rules.d/90-x.rules", 'SUBSYSTEM=="vfio", GROUP="kvm"\n', True),
+        ("/usr/lib/udev/rules.d/50-x.rules", 'A=="b"\n  KERNEL=="vfio[0-9]*", SYMLINK+="x"\n', True),
+        ("/lib/udev/rules.d/50-x.rules", 'SUBSYSTEM=="vfio-dev", MODE="0660"\n', True),
+        ("/usr/lib/udev/rules.d/50-x.rules", '# vfio has none\nSUBSYSTEM=="net", NAME="x"\n', False),
+        ("/usr/lib/udev/rules.d/50-x.rules.old", 'SUBSYSTEM=="vfio", GROUP="kvm"\n', False),
+        ("/sys/fs/selinux/enforce", "0", True),
+    ],
+)
+def test_whether_nodes_wait_for_udev(machine: Machine, path: str, text: str, answer: bool) -> None:
+    assert not nodes_are_udevs(machine.host)
+    machine.file(path, text)
+    assert nodes_are_udevs(machine.host) == answer
+
+
+def test_a_move_goes_ahead_of_others_and_only_the_move(disk: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    asked: list[int] = []
+    monkeypatch.setattr(os, "setpriority", lambda _which, _who, rank: asked.append(rank))
+    move = Handover(ADDRESS, "vfio-pci", ("nvme",))
+    Mover(disk.host).hand_over(move, move, 10)
+    with pytest.raises(HostError):
+        Mover(disk.host).hand_over(Handover("0000:09:00.0", None, ()), move, 10)
+    assert asked == [-10, before, -10, before]
