@@ -16,7 +16,7 @@ import shlex
 import time
 import typing as t
 
-from ansible.errors import AnsibleError
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -80,7 +80,13 @@ class ActionModule(ActionBase):
         look = f"date +%s; flock -n -E {_HELD} {lock} true; echo $?; cat {state_file}"
         shown, phase, misses = 0.0, "", 0
         while True:
-            said = self._low_level_execute_command(look, sudoable=True)
+            try:
+                said = self._low_level_execute_command(look, sudoable=True)
+            except AnsibleConnectionFailure:
+                if misses == _PATIENCE:
+                    raise  # the job goes on; the next run of the task finds it
+                display.display(f"  ... {self._where()}: not reached, tried again", color="bright gray")
+                said = {}
             alive, state = self._parse(str(said.get("stdout", "")))
             if state is None:
                 misses += 1

@@ -192,6 +192,8 @@ def simulate_install(host: Host, names: t.Sequence[str]) -> Change:
 def simulate_build_dep(host: Host, dsc: str) -> Change:
     """What installing the build dependencies of a source package would do.
 
+    Those of its architecture-independent packages (QEMU's firmware, which takes a dozen cross compilers) are left out.
+
     Args:
         host: the host.
         dsc: path of its ``.dsc``.
@@ -199,7 +201,7 @@ def simulate_build_dep(host: Host, dsc: str) -> Change:
     Raises:
         HostError: apt cannot do it; quotes it.
     """
-    return _simulate(host, ["build-dep", "--no-install-recommends", dsc])
+    return _simulate(host, ["build-dep", "--arch-only", "--no-install-recommends", dsc])
 
 
 def simulate_purge(host: Host, names: t.Sequence[str]) -> Change:
@@ -219,7 +221,10 @@ def _simulate(host: Host, arguments: t.Sequence[str]) -> Change:
         unknown = [name for pair in _UNKNOWN.findall(output.stderr) for name in pair if name]
         if unknown:
             raise UnknownPackages(unknown, output.stderr)
-        words = " / ".join(line.strip() for line in (output.stderr or output.stdout).strip().splitlines()[-4:])
+        # What it lacks stands in the other stream, and that is what tells somebody something.
+        unmet = re.findall(r"\bDepends: (.+? but .+)$", output.stdout, re.MULTILINE)
+        lines = unmet or (output.stderr or output.stdout).strip().splitlines()[-4:]
+        words = " / ".join(line.strip() for line in lines)
         raise HostError(f"apt-get cannot {' '.join(arguments)}: {words}", apt=output.stdout[-4000:])
     return parse_simulation(output.stdout)
 

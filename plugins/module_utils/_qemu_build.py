@@ -561,10 +561,10 @@ class _Run:
         machine = Host().ask(["dpkg", "--print-architecture"])
         name = f"linux-{machine.stdout.strip()}" if machine is not None else ""
         answer = self.sandbox.ask(["sh", script, name, f"{self.source}/debian/control"], 60)
-        if answer is None or not answer.ok or not answer.stdout.strip():
+        named = _qemu_profile.distribution_arguments(answer.stdout if answer is not None else "", self.job.request)
+        if answer is None or not answer.ok or not named:
             raise HostError("the source package's debian/control names no features of its own")
-        named = [word for word in answer.stdout.split() if re.fullmatch(r"--(enable|disable)-[a-z0-9-]+", word)]
-        return [word for word in named if word[9:].lstrip("-") not in self.job.request.features]
+        return named
 
     def _compile(self) -> None:
         # A small QEMU's other programs and its tests would take a third of the time.

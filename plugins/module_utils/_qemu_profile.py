@@ -23,7 +23,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_source import Traits
 
 #: Increase it whenever the same request would make another binary.
-RECIPE = 1
+RECIPE = 2
 
 #: Where a build believes to be installed. QEMU finds its data relative to its binary, wherever that lies.
 PREFIX = "/opt/iommufd-host/qemu/current"
@@ -246,6 +246,21 @@ def configure_arguments(request: Request, traits: Traits, machine: str) -> list[
         found.append(f"--{'enable' if request.iommufd == 'enabled' else 'disable'}-iommufd")
     found += [f"--with-devices-{name}={DEVICE_FILE}" for name in sorted(_device_lines(request, traits))]
     found += [f"--{'enable' if on else 'disable'}-{name}" for name, on in sorted(request.features.items())]
+    return found
+
+
+def distribution_arguments(named: str, request: Request) -> list[str]:
+    """The arguments of configure among what a distribution's source package names, less what was asked for otherwise.
+
+    Args:
+        named: its words ("--enable-gtk --enable-vte").
+        request: what is wanted.
+    """
+    found = []
+    for word in named.split():
+        switch = re.fullmatch(r"--(?:enable|disable)-([a-z0-9-]+)", word)
+        if (switch and switch[1] not in request.features) or re.fullmatch(r"--audio-drv-list=[a-z,]*", word):
+            found.append(word)
     return found
 
 

@@ -22,6 +22,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     read_packages,
     read_record,
     require_apt,
+    simulate_build_dep,
     simulate_install,
 )
 
@@ -122,6 +123,20 @@ def test_other_words_of_apt_are_quoted(tmp_path: pathlib.Path) -> None:
     host.answers = [Output(100, "", "E: Unmet dependencies.\n")]
     with pytest.raises(HostError, match="Unmet dependencies"):
         simulate_install(host, ["dkms"])
+
+
+def test_the_build_dependencies_that_apt_lacks_are_named(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    said = """\
+The following packages have unmet dependencies:
+ builddeps:/q/qemu_10.0.13.dsc : Depends: libblkio-dev but it is not installable
+                                 Depends: libbrlapi-dev but it is not going to be installed
+"""
+    host.answers = [Output(100, said, "E: Unable to correct problems, you have held broken packages.\n")]
+    with pytest.raises(HostError) as caught:
+        simulate_build_dep(host, "/q/qemu_10.0.13.dsc")
+    assert "libblkio-dev but it is not installable / libbrlapi-dev but it" in caught.value.message
+    assert "--arch-only" in host.asked[-1]  # or a dozen cross compilers for the firmware came along
 
 
 def test_the_record_survives_writing_and_reading(tmp_path: pathlib.Path) -> None:

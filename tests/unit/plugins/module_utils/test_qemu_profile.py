@@ -107,6 +107,12 @@ def test_arguments_of_the_small_one() -> None:
     assert "CONFIG_ARM_VIRT=y" in profile.device_files(request(targets=["aarch64"]), NEW).popitem()[1]
 
 
+def test_what_the_distribution_names() -> None:
+    named = "--enable-gtk --enable-vte\n--audio-drv-list=pa,alsa\n--enable-sdl\n--prefix=/usr\n--enable-x=$(id)\n"
+    found = profile.distribution_arguments(named, request(profile="distribution", features={"sdl": False}))
+    assert found == ["--enable-gtk", "--enable-vte", "--audio-drv-list=pa,alsa"]
+
+
 def test_packages_follow_the_features() -> None:
     found = profile.packages(request(features={"slirp": True, "seccomp": False}), NEW)
     assert "libslirp-dev" in found and "libseccomp-dev" not in found and "seabios" in found

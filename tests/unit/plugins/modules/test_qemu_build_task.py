@@ -14,6 +14,7 @@ import types
 import typing as t
 
 import pytest
+from ansible.errors import AnsibleConnectionFailure
 
 from ansible_collections.iommufd.host.plugins.action import qemu_build as action
 from ansible_collections.iommufd.host.plugins.module_utils import _ansible, _packages
@@ -142,6 +143,30 @@ def test_a_run_that_was_cut_off_is_found_again(directory: str, tmp_path: pathlib
     joined = Action(arguments).go()
     assert joined["plan"] == [f"wait for the build of {started['key']} that is under way"]
     assert joined["artefact"] and joined["key"] == started["key"]
+
+
+class Shaky(Action):
+    """The same over a connection that breaks."""
+
+    breaks = 3
+
+    def _low_level_execute_command(self, cmd: str, sudoable: bool = True) -> Result:
+        self.breaks -= 1
+        if self.breaks >= 0:
+            raise AnsibleConnectionFailure("Connection closed by remote host.")
+        return super()._low_level_execute_command(cmd, sudoable)
+
+
+@needs_tools
+def test_a_connection_that_breaks_and_comes_back(directory: str, tmp_path: pathlib.Path, shown: list[str]) -> None:
+    arguments = {"source": {"path": str(make_tree(tmp_path / "tree"))}, "directory": directory}
+    done = Shaky(arguments).go()
+    assert done["artefact"] and sum("not reached, tried again" in line for line in shown) == 3
+    worse = Shaky({**arguments, "iommufd": "disabled"})
+    worse.breaks = 1000
+    with pytest.raises(AnsibleConnectionFailure):
+        worse.go()
+    assert Action({**arguments, "iommufd": "disabled"}).go()["artefact"]  # the job went on
 
 
 @needs_tools
