@@ -224,6 +224,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outco
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request, prepare, verify
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
+from ansible_collections.iommufd.host.plugins.module_utils._pci import parse_address
 
 
 def work(module: AnsibleModule) -> Outcome:
@@ -231,14 +232,25 @@ def work(module: AnsibleModule) -> Outcome:
     host = Host()
     pending = options["pending"] and module.check_mode
     choice = find_devices(host, "devices", options["devices"], pending)
+    plugged = find_devices(host, "hot_plug", options["hot_plug"], pending) if options["hot_plug"] else None
     request = Request(
         devices=tuple(one.address for one in choice.chosen),
+        plugged=() if plugged is None else tuple(one.address for one in plugged.chosen),
+        launcher=options["launcher"],
+        started_by=options["started_by"],
+        backend=options["backend"],
+        backends=_by_address("backends", options["backends"]),
+        objects=_by_address("iommufds", options["iommufds"]),
+        hot_plug=options["hot_plug_expected"],
+        expendable=tuple(parse_address("expendable", one) for one in options["expendable"]),
+        arp_target=options["arp_target"] or "",
         user=options["user"],
         qemu=options["qemu"] or "",
         busybox=options["busybox"] or "",
         kernel=options["kernel"] or "",
         memory=options["memory"],
         cpus=options["cpus"],
+        memlock=options["memlock"],
         timeout=options["timeout"],
         accelerator=options["accelerator"],
         pending=pending,
@@ -247,33 +259,51 @@ def work(module: AnsibleModule) -> Outcome:
     ready = prepare(host, request)
     if module.check_mode:
         result: dict[str, t.Any] = {"verified": None, "would": ready.sentence()}
+        if ready.decision is not None and ready.trial is None:
+            result["decision"] = ready.decision.to_dict()
         if ready.passing:
             result["problems"] = ready.passing
-        problems = [*choice.missing, *ready.passing]
+        missing = [*choice.missing, *(plugged.missing if plugged is not None else [])]
         return Outcome(
-            result=result, warnings=[f"To be checked again when it is real: {problem}" for problem in problems]
+            result=result,
+            warnings=[f"To be checked again when it is real: {problem}" for problem in [*missing, *ready.passing]],
         )
 
     def after() -> dict[str, t.Any]:
         found = verify(host, ready)
         for item in found["evidence"]["checks"]:
-            # A guest without a disk, or without a driver for its devices, is nothing to be warned of.
-            if item["status"] == "skip" and item["id"] not in ("dma", "drivers"):
+            # A guest without a disk, a cable or a driver for its devices is nothing to be warned of.
+            if item["status"] == "skip" and item["id"] not in ("dma", "drivers", "link"):
                 module.warn(f"Not seen, {item['id']}: {item['detail']}.")
+        for warning in (found["evidence"]["decision"] or {}).get("warnings", []):
+            module.warn(warning)
         return found
 
     return Outcome(after=after)
+
+
+def _by_address(option: str, given: dict[str, t.Any]) -> dict[str, str]:
+    return {parse_address(option, address): str(value) for address, value in given.items()}
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "devices": {"type": "list", "elements": "raw", "required": True},
-            "backend": {"type": "str", "choices": ["iommufd"], "default": "iommufd"},
+            "launcher": {"type": "str", "choices": ["direct", "systemd", "libvirt", "self"], "default": "direct"},
+            "started_by": {"type": "str", "choices": ["module", "libvirt"], "default": "module"},
+            "backend": {"type": "str", "choices": ["legacy", "iommufd", "auto"], "default": "iommufd"},
+            "backends": {"type": "dict", "default": {}},
+            "iommufds": {"type": "dict", "default": {}},
+            "hot_plug": {"type": "list", "elements": "raw", "default": []},
+            "hot_plug_expected": {"type": "bool", "default": False},
+            "expendable": {"type": "list", "elements": "str", "default": []},
+            "arp_target": {"type": "str"},
             "qemu": {"type": "path"},
             "user": {"type": "str", "default": "nobody"},
             "memory": {"type": "int", "default": 256},
             "cpus": {"type": "int", "default": 1},
+            "memlock": {"type": "int"},
             "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
             "timeout": {"type": "int", "default": 600},
             "busybox": {"type": "path"},
