@@ -219,7 +219,7 @@ def peer_to_peer(
     complaint = next((word for word in words.distinct() if any(part in word for part in _PEER_WORDS)), None)
     if refused or complaint:
         works: bool | None = False
-        detail = complaint or f"the kernel refused to map {refused} BARs"
+        detail = (complaint or f"the kernel refused to map {refused} BARs").replace("warning: ", "", 1)
     elif mapped:
         works, detail = True, f"{mapped} BARs were mapped and none was refused"
     else:

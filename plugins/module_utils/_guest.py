@@ -450,7 +450,7 @@ def _check_launcher(host: Host, ready: Ready, backends: t.Mapping[str, str]) -> 
         ready.problems.append(
             f"QEMU opens the nodes itself {'with launcher self' if request.launcher == 'self' else 'for legacy'}, and "
             f"{ready.user.name} cannot open {', '.join(refused)}: the role iommufd.host.access in mode group gives a "
-            "group access; name a user who is in it."
+            f"group access{' (access_legacy_groups: true)' if legacy else ''}; name a user who is in it."
         )
 
 

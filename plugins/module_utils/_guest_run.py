@@ -25,6 +25,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import (
     _launch_libvirt,
     _launch_systemd,
     _launcher,
+    _peer_to_peer,
     _qemu_command,
     _qemu_devices,
 )
@@ -251,6 +252,7 @@ class Run:
             HostError: the guest's own time is up.
         """
         until = None if timeout is None else time.monotonic() + timeout
+        on_iommufd = len([one for one in self.devices if one.object and not one.plugged])
         with selectors.DefaultSelector() as selector:
             for source in (running.console, running.report, running.words):
                 if source.fileno() >= 0:
@@ -264,9 +266,7 @@ class Run:
                 for ended in self._hear(running):
                     with contextlib.suppress(KeyError, ValueError):
                         selector.unregister(ended)
-                if "connected" not in self.seconds and len(self.words.connects) >= len(
-                    [one for one in self.devices if one.object and not one.plugged]
-                ):
+                if "connected" not in self.seconds and len(self.words.connects) >= on_iommufd > 0:
                     self.seconds["connected"] = self._elapsed()
                 if "init" in self.report.guest and self.step == "boot":
                     self.step = "guest"
@@ -399,7 +399,10 @@ class Run:
         """What was seen of peer-to-peer over iommufd."""
         slots = {one.slot for one in self.devices if one.backend == "iommufd"}
         memory = {slot: spans for slot, spans in self.report.memory.items() if slot in slots}
-        return _evidence.peer_to_peer(self.words, memory, self.report.transfers)
+        found = _evidence.peer_to_peer(self.words, memory, self.report.transfers)
+        if not slots:
+            found.update(works=None, detail="no device of this guest is on iommufd")
+        return found
 
     def expectation(self) -> _judgement.Expectation:
         """What the launcher promises."""
@@ -487,7 +490,13 @@ class Run:
                 "modules": list(self.modules),
                 "uptime": {key: _seconds(self.report.guest.get(key)) for key in ("init", "loaded", "settled", "ready")},
             },
-            "peer_to_peer": {**self.peer_to_peer(), "kernel": os.uname().release, "qemu": ready.qemu_version},
+            "peer_to_peer": {
+                **self.peer_to_peer(),
+                "kernel": os.uname().release,
+                "qemu": ready.qemu_version,
+                # What is known of this kernel and QEMU, from this guest or an earlier one.
+                "measured": _peer_to_peer.read(self.host, os.uname().release, ready.qemu),
+            },
             "hot_plug": self.plugged,
             "qemu": {"path": ready.qemu, "version": ready.qemu_version, "words": self.words.distinct()},
             "accelerator": ready.accelerator,
