@@ -10,7 +10,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _guest
+from ansible_collections.iommufd.host.plugins.module_utils import _guest, _guest_run
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
@@ -195,5 +195,5 @@ def test_without_devices_there_is_no_guest_unless_they_are_still_to_come(ready_m
     ],
 )
 def test_explanations(words: str, meaning: str | None) -> None:
-    found = _guest.explain(words)
+    found = _guest_run.explain(words)
     assert found == "" if meaning is None else meaning in found
