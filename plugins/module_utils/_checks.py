@@ -580,8 +580,8 @@ def _qemu_peer_to_peer(survey: Survey) -> Check:
             name,
             WARN,
             f"Devices of a guest do not reach each other over iommufd ({listed}).",
-            "A guest of several devices that do so keeps the legacy container (backend auto). Linux 6.19 with QEMU 11.0 "
-            "was the first where they do over iommufd.",
+            "A guest of several devices that do so keeps the legacy container (backend auto). Linux 6.19 with QEMU "
+            "11.0 was the first where they do over iommufd.",
         )
     versions = ", ".join(str(one["qemu"]) for one in measured)
     return Check(name, OK, f"Devices of a guest reach each other over iommufd (QEMU {versions}).")

@@ -91,8 +91,8 @@ def survey(host: Host) -> dict[str, t.Any]:
 
     Returns:
         A dict with ``live``, ``distribution``, ``kernel``, ``iommu``, ``nodes``, ``groups``, ``devices``, ``guests``,
-        ``qemu``, ``qemu_package``, ``libvirt``, ``security``, ``memlock``, ``peer_to_peer`` and ``checks``, of plain types
-        only.
+        ``qemu``, ``qemu_package``, ``libvirt``, ``security``, ``memlock``, ``peer_to_peer`` and ``checks``, of plain
+        types only.
     """
     functions = read_functions(host)
     uses, guests = survey_uses(host, functions)
