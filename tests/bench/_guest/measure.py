@@ -40,9 +40,9 @@ def write_initramfs(script: str, addresses: list[str]) -> None:
     """The same file system as the module makes."""
     subprocess.run([sys.executable, script, "explode"], cwd=os.path.dirname(script), stdout=subprocess.PIPE, check=True)
     sys.path.insert(0, os.path.join(os.path.dirname(script), "debug_dir"))
-    from ansible_collections.iommufd.host.plugins.module_utils import _initramfs, _qemu_command  # noqa: PLC0415
-    from ansible_collections.iommufd.host.plugins.module_utils._host import Host  # noqa: PLC0415
-    from ansible_collections.iommufd.host.plugins.module_utils._pci import read_function  # noqa: PLC0415
+    from ansible_collections.iommufd.host.plugins.module_utils import _initramfs, _qemu_command
+    from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+    from ansible_collections.iommufd.host.plugins.module_utils._pci import read_function
 
     host = Host()
     devices = []
