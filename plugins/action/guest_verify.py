@@ -8,4 +8,4 @@ from ansible_collections.iommufd.host.plugins.plugin_utils._selecting import Sel
 
 
 class ActionModule(SelectingAction):
-    option = "devices"
+    options = ("devices", "hot_plug")

@@ -142,7 +142,8 @@ def parse_facts(survey: t.Mapping[str, t.Any], qemu: str | None = None, measured
     Args:
         survey: its result.
         qemu: path of the binary that is going to run the guest; None: the best of those that the survey asked.
-        measured: a measurement of peer-to-peer: whether it works, or the evidence of guest_verify.
+        measured: a measurement of peer-to-peer: whether it works, or the evidence of guest_verify. None: what the
+            survey knows of one with this version of QEMU.
 
     Raises:
         OptionError: the survey has no such QEMU, or the measurement is none.
@@ -184,9 +185,13 @@ def parse_facts(survey: t.Mapping[str, t.Any], qemu: str | None = None, measured
         libvirt_passes=can_pass(libvirt.get("version")) if passes is None else passes,
         details=details,
     )
-    return dataclasses.replace(
-        facts, peer_to_peer=parse_measurement("peer_to_peer", measured, facts.kernel, (binary or {}).get("version"))
-    )
+    version = (binary or {}).get("version")
+    if measured is None:
+        known = [
+            one for one in survey.get("peer_to_peer") or [] if isinstance(one, dict) and one.get("qemu") == version
+        ]
+        measured = known[-1] if known and version else None
+    return dataclasses.replace(facts, peer_to_peer=parse_measurement("peer_to_peer", measured, facts.kernel, version))
 
 
 def _clause(text: str) -> str:

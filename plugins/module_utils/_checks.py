@@ -60,6 +60,7 @@ def run_checks(survey: Survey) -> list[Check]:
         _group_viable(survey),
         _kvm(survey),
         _qemu_iommufd(survey),
+        _qemu_peer_to_peer(survey),
         _libvirt_iommufd(survey),
         _libvirt_acl(survey),
         _apparmor(survey),
@@ -560,6 +561,30 @@ def _qemu_iommufd(survey: Survey) -> Check:
         return Check(name, SKIP, f"{', '.join(one['path'] for one in binaries)} can only be asked on the running host.")
     listed = ", ".join(f"{one['path']} {one['version']}" for one in asked)
     return Check(name, FAIL, f"Built without iommufd: {listed}.", remedy)
+
+
+def _qemu_peer_to_peer(survey: Survey) -> Check:
+    name = "qemu.peer_to_peer"
+    measured = survey.get("peer_to_peer") or []
+    if not measured:
+        return Check(
+            name,
+            SKIP,
+            "Whether devices of a guest reach each other over iommufd was not measured since the last boot; "
+            "iommufd.host.guest_verify tries it.",
+        )
+    lacking = [one for one in measured if not one["works"]]
+    if lacking:
+        listed = "; ".join(f"QEMU {one['qemu']}: {one['detail']}" for one in lacking)
+        return Check(
+            name,
+            WARN,
+            f"Devices of a guest do not reach each other over iommufd ({listed}).",
+            "A guest of several devices that do so keeps the legacy container (backend auto). Linux 6.19 with QEMU "
+            "11.0 was the first where they do over iommufd.",
+        )
+    versions = ", ".join(str(one["qemu"]) for one in measured)
+    return Check(name, OK, f"Devices of a guest reach each other over iommufd (QEMU {versions}).")
 
 
 def _libvirt_iommufd(survey: Survey) -> Check:

@@ -2,10 +2,10 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""What is seen of a guest and of the process that runs it, and the judgement of it.
+"""What is seen of a guest and of the process that runs it.
 
 Three witnesses are heard, none of them takes another's word: the kernel (``/proc`` of the process, kcmp), QEMU (its
-trace and messages) and the guest (its report over a serial port). :func:`judge` is pure.
+trace and messages) and the guest (its report over a serial port).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import stat
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._device_filter import allows_node, read_filter
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
 Json = dict[str, t.Any]
@@ -39,9 +40,12 @@ class GuestReport:
     Lines of another form are kept in ``stray`` and otherwise ignored: whatever else a guest writes there is no report.
 
     Attributes:
-        guest: what it says of itself: ``init`` and ``ready`` (seconds since its boot), ``kernel``; ``refused`` is a
-            list of modules that could not be loaded, each with the reason.
+        guest: what it says of itself: ``init`` and ``ready`` (seconds since its boot), ``kernel``.
+        refused: modules that could not be loaded, each with the reason.
         devices: guest address to what it says of that device.
+        memory: guest address to its BARs in memory, each with its number, first and last address.
+        transfers: between two devices, each with the guest addresses of the one that wrote and of the one written to,
+            the value that was to arrive, and what did.
     """
 
     def __init__(self) -> None:
@@ -49,6 +53,7 @@ class GuestReport:
         self.refused: list[str] = []
         self.devices: dict[str, dict[str, str]] = {}
         self.memory: dict[str, list[tuple[int, int, int]]] = {}
+        self.transfers: list[tuple[str, str, str, str]] = []
         self.stray: list[str] = []
         self._rest = b""
 
@@ -77,6 +82,10 @@ class GuestReport:
                 self.guest[key] = value
             return
         device = self.devices.setdefault(subject, {})
+        if key == "transfer" and len(value.split()) == 3:
+            peer, expected, arrived = value.split()
+            self.transfers.append((subject, peer, expected.lower(), arrived.lower()))
+            return
         if key == "memory":
             words = value.split()
             try:
@@ -162,11 +171,18 @@ class QemuWords:
         """Whether this QEMU's trace reaches us at all (one built for another trace back end keeps it to itself)."""
         return bool(self.connects)
 
+    def users(self) -> dict[int, int]:
+        """Descriptor of each iommufd object to the greatest number of devices that were on it at once."""
+        found: dict[int, int] = {}
+        for number, _owned, users in self.connects:
+            found[number] = max(users, found.get(number, 0))
+        return found
+
     def distinct(self) -> list[str]:
         """The last 20 of its words, each once, without its own name before them."""
         seen: list[str] = []
         for word in self.words:
-            word = re.sub(r"^\S*qemu\S*: ", "", word).strip()
+            word = re.sub(r"^(?:\d{4}-\S+Z )?\S*qemu\S*: ", "", word).strip()
             if word and word not in seen:
                 seen.append(word)
         return seen[-20:]
@@ -176,15 +192,21 @@ class QemuWords:
         return " / ".join(self.distinct()[-4:])
 
 
-def peer_to_peer(words: QemuWords, memory: t.Mapping[str, t.Sequence[tuple[int, int, int]]]) -> Json:
+def peer_to_peer(
+    words: QemuWords,
+    memory: t.Mapping[str, t.Sequence[tuple[int, int, int]]],
+    transfers: t.Sequence[tuple[str, str, str, str]] = (),
+) -> Json:
     """Whether the devices' BARs could be mapped for the devices on the same descriptor.
 
     Args:
         words: QEMU's trace: the ranges it mapped, with the kernel's answer.
-        memory: where the guest sees the BARs: guest address to (BAR, first, last address).
+        memory: where the guest sees the BARs of the devices on iommufd: guest address to (BAR, first, last address).
+        transfers: what the guest had one device write to another.
 
     Returns:
-        ``works`` (None: nothing was tried, or not seen), ``mapped`` and ``refused`` (number of BARs), ``detail``.
+        ``works`` (None: nothing was tried, or not seen), ``mapped`` and ``refused`` (number of BARs), ``detail``, and
+        ``transfers``, each with ``from``, ``to``, ``expected``, ``arrived`` and ``ok``.
     """
     spans = [span for spans in memory.values() for span in spans]
     mapped = refused = 0
@@ -197,12 +219,16 @@ def peer_to_peer(words: QemuWords, memory: t.Mapping[str, t.Sequence[tuple[int, 
     complaint = next((word for word in words.distinct() if any(part in word for part in _PEER_WORDS)), None)
     if refused or complaint:
         works: bool | None = False
-        detail = complaint or f"the kernel refused to map {refused} BARs"
+        detail = (complaint or f"the kernel refused to map {refused} BARs").replace("warning: ", "", 1)
     elif mapped:
         works, detail = True, f"{mapped} BARs were mapped and none was refused"
     else:
         works, detail = None, "no BAR was seen to be mapped"
-    return {"works": works, "mapped": mapped, "refused": refused, "detail": detail}
+    done = [
+        {"from": one, "to": other, "expected": expected, "arrived": arrived, "ok": expected == arrived}
+        for one, other, expected, arrived in transfers
+    ]
+    return {"works": works, "mapped": mapped, "refused": refused, "detail": detail, "transfers": done}
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
@@ -220,6 +246,10 @@ class ProcessState:
         memlock: bytes it may pin; None: unlimited or not told.
         locked: bytes charged to the process itself (VmLck).
         pinned: bytes that the kernel holds in place for it (VmPin).
+        cgroup: its cgroup ("/system.slice/x.service").
+        allowed: node to whether that cgroup lets it be opened; None: cannot be told.
+        enforced: whether a device policy stands before that cgroup at all; None: cannot be told.
+        profile: its AppArmor profile or SELinux context; None without any.
     """
 
     iommu: list[int]
@@ -229,15 +259,20 @@ class ProcessState:
     memlock: int | None
     locked: int | None
     pinned: int | None
+    cgroup: str | None = None
+    allowed: dict[str, bool | None] = dataclasses.field(default_factory=dict)
+    enforced: bool | None = None
+    profile: str | None = None
 
 
-def observe(host: Host, process: int, iommu: Number) -> ProcessState:
+def observe(host: Host, process: int, iommu: Number, nodes: t.Sequence[str] = ()) -> ProcessState:
     """Read the state of a process.
 
     Args:
         host: whose /proc.
         process: id.
         iommu: device number of /dev/iommu.
+        nodes: those for which its cgroup is asked.
     """
     majors = character_majors(host)
     state = ProcessState([], {}, [], [], None, None, None)
@@ -260,7 +295,24 @@ def observe(host: Host, process: int, iommu: Number) -> ProcessState:
     state.pinned = _kib(status_fields.get("VmPin"))
     limit = re.search(r"^Max locked memory +(\d+) ", host.read_text(f"{base}/limits") or "", re.MULTILINE)
     state.memlock = int(limit.group(1)) if limit else None
+    state.cgroup = _cgroup(host.read_text(f"{base}/cgroup") or "")
+    gate = None if state.cgroup is None else read_filter(host, state.cgroup)
+    state.enforced = None if gate is None else gate.enforced
+    state.allowed = {node: allows_node(host, gate, node) for node in nodes}
+    state.profile = (host.read_line(f"{base}/attr/current") or "").strip("\0 \n") or None
     return state
+
+
+def _cgroup(text: str) -> str | None:
+    """The cgroup that device policies hang on: the one of v1's controller, or else of v2."""
+    found = None
+    for line in text.splitlines():
+        _number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if "devices" in controllers.split(","):
+            return path
+        if not controllers:
+            found = path
+    return found
 
 
 def character_majors(host: Host) -> dict[str, int]:
@@ -283,263 +335,44 @@ def _kib(value: str | None) -> int | None:
     return int(match.group(1)) * 1024 if match else None
 
 
-# -- the judgement -----------------------------------------------------------------------------------------------------
-
-
-_REMEDIES = {
-    "cannot_open": "Leave the nodes with root (the role iommufd.host.access in mode launcher), or name a user who is "
-    "no member of the group that owns them.",
-    "seccomp": "Take a QEMU that is built with seccomp.",
-    "drivers": "See whether the host's own kernel drives the device with these modules.",
-    "devices_returned": "End the process that holds it; bind the device again (iommufd.host.vfio_bind).",
-}
+# -- the devices -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class PassedDevice:
-    """What is known of a passed device beforehand.
+    """A device of the guest, as far as it is known beforehand.
 
     Attributes:
         address: on the host.
         slot: in the guest.
-        node: path of its vfio device.
+        node: path of its vfio device; empty where it has none (legacy).
         number: device number of that.
-        descriptor: the launcher's own, and the one the process inherits.
         vendor_id: as sysfs says it ("0x8086").
         device_id: likewise.
         class_id: likewise ("0x010802").
+        backend: "iommufd" or "legacy".
+        object: the iommufd object that it is on; empty with the legacy container.
+        group: its IOMMU group.
         drivers: modules that were given to the guest for it.
         firmware: firmware files that these may ask for.
+        plugged: it is plugged in while the guest runs.
     """
 
     address: str
     slot: str
     node: str
     number: Number
-    descriptor: int
     vendor_id: str
     device_id: str
     class_id: str
+    backend: str = "iommufd"
+    object: str = "iommufd0"
+    group: int = -1
     drivers: t.Sequence[str] = ()
     firmware: t.Sequence[str] = ()
+    plugged: bool = False
 
-
-@dataclasses.dataclass
-class Witnesses:
-    """Everything that was seen of one run.
-
-    Attributes:
-        devices: what was passed.
-        iommu: the launcher's descriptor of /dev/iommu.
-        user: name, uid and gid that the process was to have.
-        memory: bytes of the guest.
-        process: state of the process while the guest used the devices; None: it never came to that.
-        same: descriptors of the process that kcmp found to be our open file of the same number; missing: not told.
-        refusals: node to the kernel's refusal when the same user tried to open it; None: it could open it.
-        qemu: QEMU's words.
-        guest: the guest's words.
-        exit_status: of QEMU; negative: the signal; None: it had to be killed.
-        returned: address to what is wrong with the device afterwards; empty: nothing.
-    """
-
-    devices: t.Sequence[PassedDevice]
-    iommu: int
-    user: tuple[str, int, int]
-    memory: int
-    process: ProcessState | None
-    same: t.Mapping[int, bool | None]
-    refusals: t.Mapping[str, str | None]
-    qemu: QemuWords
-    guest: GuestReport
-    exit_status: int | None
-    returned: t.Mapping[str, str]
-
-
-def judge(seen: Witnesses) -> list[Json]:
-    """Hold what was seen against what was promised.
-
-    Returns:
-        One check for each observation, so that what failed is what did not hold: ``id``, ``status`` (ok; fail; skip:
-        could not be seen here, for the reason given), ``detail``, and ``remedy`` of what failed, None where there is
-        none.
-    """
-    checks: list[Json] = []
-
-    def item(name: str, status: bool | None, detail: str) -> None:
-        word = "skip" if status is None else "ok" if status else "fail"
-        remedy = _REMEDIES.get(name) if status is False else None
-        checks.append({"id": name, "status": word, "detail": detail, "remedy": remedy})
-
-    _judge_descriptors(seen, item)
-    _judge_process(seen, item)
-    _judge_guest(seen, item)
-    item(
-        "powered_off",
-        seen.exit_status == 0,
-        "the guest powered itself off"
-        if seen.exit_status == 0
-        else "QEMU had to be killed"
-        if seen.exit_status is None
-        else f"QEMU ended with status {seen.exit_status}",
-    )
-    wrong = [f"{address}: {what}" for address, what in seen.returned.items() if what]
-    if seen.returned:
-        item("devices_returned", not wrong, "; ".join(wrong) or "still on vfio and held by no process")
-    else:
-        item("devices_returned", None, "none was opened")
-    return checks
-
-
-Item = t.Callable[[str, t.Optional[bool], str], None]
-
-
-def _judge_descriptors(seen: Witnesses, item: Item) -> None:
-    state = seen.process
-    if state is None:
-        item("one_descriptor", False, "the guest never came so far that its process could be looked at")
-        return
-    count = len(state.iommu)
-    item("one_descriptor", count == 1, f"{count} open /dev/iommu in the process ({_list(state.iommu)})")
-    same = seen.same.get(seen.iommu) if seen.iommu in state.iommu else False
-    if same is None:
-        item("same_open_file", None, "the kernel does not compare open files (kcmp, CONFIG_KCMP)")
-    else:
-        is_not = "is" if same else "is not"
-        item("same_open_file", same, f"its /dev/iommu {is_not} the open file of the launcher (kcmp)")
-
-    if seen.qemu.traces:
-        others = [f"fd={number} owned={owned}" for number, owned, _users in seen.qemu.connects if owned]
-        strange = [number for number, _owned, _users in seen.qemu.connects if number != seen.iommu]
-        item(
-            "passed",
-            not others and not strange,
-            "QEMU says owned=0: the descriptor came from outside"
-            if not others and not strange
-            else f"QEMU used a descriptor that it opened itself: {'; '.join(others) or _list(strange)}",
-        )
-        users = max(users for _number, _owned, users in seen.qemu.connects)
-        item("shared", users == len(seen.devices), f"QEMU says users={users} for {len(seen.devices)} devices")
-    else:
-        for name in ("passed", "shared"):
-            item(name, None, "this QEMU's trace does not go to its standard error")
-
-    expected = {device.descriptor: device.number for device in seen.devices}
-    foreign = [number for number in state.cdevs if number not in expected]
-    missing = [device.address for device in seen.devices if state.cdevs.get(device.descriptor) != device.number]
-    differs = [device.address for device in seen.devices if seen.same.get(device.descriptor) is False]
-    nodes = ", ".join(device.node for device in seen.devices)
-    problems = [
-        f"not held: {', '.join(missing)}" if missing else "",
-        f"not the launcher's open file: {', '.join(differs)}" if differs else "",
-        f"further vfio devices held: {_list(foreign)}" if foreign else "",
-    ]
-    said = "; ".join(part for part in problems if part)
-    item("devices_passed", not said, said or f"holds {nodes}, and no other")
-    held = ", ".join(state.legacy)
-    item("no_legacy", not held, f"holds {held}" if held else "no legacy container or group is open")
-
-
-def _judge_process(seen: Witnesses, item: Item) -> None:
-    state = seen.process
-    if state is None:
-        return
-    name, uid, gid = seen.user
-    threads = state.threads
-    first = threads[0] if threads else {}
-    count = f"{len(threads)} threads"
-    right = bool(threads) and all(
-        fields.get("Uid", "").split() == [str(uid)] * 4
-        and fields.get("Gid", "").split() == [str(gid)] * 4
-        and not fields.get("Groups", "?").split()
-        for fields in threads
-    )
-    ids = ", ".join(f"{key} {first.get(key, '?')}" for key in ("Uid", "Gid", "Groups"))
-    item("user", right, f"{count} run as {name} ({uid}:{gid}) without further groups" if right else f"runs as {ids}")
-    sets = [f"{key}={fields.get(key)}" for fields in threads for key in CAPABILITY_SETS if _bits(fields.get(key))]
-    item("no_capabilities", bool(threads) and not sets, _list(sets[:5]) if sets else f"all sets empty, {count}")
-    bound = bool(threads) and all(fields.get("NoNewPrivs") == "1" for fields in threads)
-    item("no_new_privileges", bound, f"NoNewPrivs={first.get('NoNewPrivs')}")
-    filtered = bool(threads) and all(fields.get("Seccomp") == "2" for fields in threads)
-    item("seccomp", filtered, f"Seccomp={first.get('Seccomp')} ({'filtered' if filtered else 'not filtered'}, {count})")
-    opened = [node for node, refusal in seen.refusals.items() if refusal is None]
-    refused = ", ".join(f"{node}: {refusal}" for node, refusal in seen.refusals.items() if refusal is not None)
-    item("cannot_open", not opened, f"{name} itself can open {', '.join(opened)}" if opened else refused)
-    charged = state.locked or 0
-    # A little of a PC's memory is no target of DMA (the window at 0xa0000), so it is never pinned.
-    item(
-        "accounting",
-        charged >= seen.memory * 9 // 10,
-        f"{charged >> 20} MiB are charged to the process itself, {(state.pinned or 0) >> 20} MiB pinned, "
-        f"limit {'none' if state.memlock is None else f'{state.memlock >> 20} MiB'}",
-    )
-
-
-def _judge_guest(seen: Witnesses, item: Item) -> None:
-    if not seen.guest.ready:
-        item("devices_seen", False, "the guest did not come so far as to report")
-        return
-    unseen: list[str] = []
-    undriven: list[str] = []
-    excused: list[str] = []
-    driven: list[str] = []
-    read: list[str] = []
-    unread: list[str] = []
-    for device in seen.devices:
-        said = seen.guest.devices.get(device.slot, {})
-        if said.get("vendor") != device.vendor_id or said.get("device") != device.device_id:
-            found = f"{said.get('vendor')}:{said.get('device')} instead of {device.vendor_id}:{device.device_id}"
-            unseen.append(f"{device.address} ({'missing' if not said or 'missing' in said else found})")
-            continue
-        if said.get("driver"):
-            driven.append(f"{device.address}: {said['driver']}")
-        elif device.firmware:
-            excused.append(f"{device.address}: {_list(device.drivers)} may want firmware, which the guest has not")
-        elif device.drivers:
-            undriven.append(f"{device.address}: {_list(device.drivers)} did not attach")
-        if "disk" in said:
-            # At least what was asked for: the kernel may read more of its own accord.
-            whole = _integer(said.get("dma_bytes")) >= _integer(said.get("asked_bytes"))
-            agrees = said.get("sha256_first") == said.get("sha256_second")
-            if whole and agrees:
-                read.append(f"{device.address}: {_integer(said.get('dma_bytes'))} bytes")
-            else:
-                unread.append(
-                    f"{device.address}: {_integer(said.get('dma_bytes'))} of {said.get('asked_bytes')} bytes"
-                    + ("" if agrees else ", two reads differ")
-                )
-        elif device.class_id.startswith("0x0108") and said.get("driver"):
-            unread.append(f"{device.address}: the driver shows no disk")
-    total = len(seen.devices)
-    item("devices_seen", not unseen, f"not seen: {'; '.join(unseen)}" if unseen else f"{total} of {total}")
-    if undriven:
-        refused = [f"not loaded: {text}" for text in seen.guest.refused]
-        item("drivers", False, "; ".join([*undriven, *refused]))
-    elif excused or not driven:
-        item("drivers", None, "; ".join(excused) or "no driver of this kernel claims these devices")
-    else:
-        item("drivers", True, ", ".join(driven))
-    if unread:
-        item("dma", False, "; ".join(unread))
-    elif read:
-        item("dma", True, ", ".join(read))
-    else:
-        item("dma", None, "none of the devices is a disk, which is what the guest reads by DMA")
-
-
-def _bits(value: str | None) -> bool:
-    """Whether a capability set is not empty; one that is missing or no number counts as not empty."""
-    try:
-        return int(value or "?", 16) != 0
-    except ValueError:
-        return True
-
-
-def _integer(value: str | None) -> int:
-    try:
-        return int(value or "0")
-    except ValueError:
-        return 0
-
-
-def _list(values: t.Iterable[t.Any]) -> str:
-    return ", ".join(str(value) for value in values) or "none"
+    @property
+    def group_node(self) -> str:
+        """The node of its group, which the legacy container wants."""
+        return f"/dev/vfio/{self.group}"

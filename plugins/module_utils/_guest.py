@@ -2,26 +2,39 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""The verification: a guest with the named devices on one descriptor, from the first check to the verdict.
+"""The verification of a guest with the named devices, from the first check to the verdict.
 
-:func:`prepare` reads the host and finds everything that stands in the way; :func:`verify` opens, starts, listens,
-looks, and ends. Between the two nothing is changed; after the second nothing is left.
+:func:`prepare` reads the host, chooses the backend and finds everything that stands in the way; :func:`verify` has the
+guest run (:mod:`_guest_run`) and judges. Between the two nothing is changed; after the second nothing is left.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import platform
 import re
-import selectors
-import socket
-import time
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils import _evidence, _initramfs, _launcher, _qemu_command
+from ansible_collections.iommufd.host.plugins.module_utils import (
+    _initramfs,
+    _launch_libvirt,
+    _launch_systemd,
+    _launcher,
+    _peer_to_peer,
+    _qemu_command,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._backend import (
+    LAUNCHERS,
+    REQUESTS,
+    Decision,
+    Facts,
+    PeerToPeer,
+    decide,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._guest_devices import BACKENDS, parse_devices
+from ansible_collections.iommufd.host.plugins.module_utils._guest_run import CONSOLE_LINES, Run, holders
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     blocks,
@@ -29,16 +42,21 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_group,
     read_members,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._judgement import LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, read_function
-from ansible_collections.iommufd.host.plugins.module_utils._qemu import read_qemu
+from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
+from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported
 
 Json = dict[str, t.Any]
 
-MIB = 1 << 20
 LEAST_MEMORY = 128
 
-# What QEMU pins beyond the guest's memory: firmware, video and option ROM regions of a PC, a few MiB; the rest is air.
-_MEMLOCK_MARGIN = 64 * MIB
+#: Who starts QEMU where it opens the nodes itself.
+STARTERS = ("module", "libvirt")
+#: Launchers whose guests have a monitor over which devices can be plugged in.
+PLUGGING = ("direct", "systemd", "self")
+
 # What QEMU itself needs beside the guest's memory (Debian's binary with its libraries; with TCG its translation cache).
 _QEMU_MEMORY = {"kvm": 96, "tcg": 224}
 
@@ -48,8 +66,6 @@ _BINARIES = (
     "/usr/libexec/qemu-kvm",
     "qemu-kvm",
 )
-_CONSOLE_LINES = 25
-_CONSOLE_LIMIT = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +74,22 @@ class Request:
 
     Attributes:
         devices: PCI addresses as the kernel writes them, in order, each once.
-        user: name of the unprivileged user that QEMU runs as.
+        plugged: further ones, plugged in while the guest runs.
+        launcher: one of :data:`_backend.LAUNCHERS`.
+        started_by: one of :data:`STARTERS`; other than "module" only with launcher "self".
+        backend: "legacy", "iommufd" or "auto", for the devices that are not in ``backends``.
+        backends: address to the backend that was asked for this very device.
+        objects: address to the iommufd object that the device is on, where that is not the usual one.
+        hot_plug: whether further devices are expected to be plugged in; the policy counts with it.
+        expendable: addresses of disks of which a part may be written.
+        arp_target: address of IPv4 that network devices ask for; empty: no frame is sent.
+        user: name of the unprivileged user that QEMU runs as; libvirt has its own.
         qemu: path of the binary; empty: the distribution's.
         busybox: path; empty: found.
         kernel: path of the guest's kernel; empty: the running one.
         memory: of the guest, in MiB.
         cpus: of the guest.
+        memlock: MiB that QEMU may pin; None: what it takes.
         timeout: seconds for everything from the start of QEMU to its end.
         accelerator: "auto", "kvm" or "tcg".
         pending: earlier steps that turn the IOMMU on, load modules and bind devices are still to come, so what they
@@ -72,16 +98,31 @@ class Request:
     """
 
     devices: tuple[str, ...]
+    plugged: tuple[str, ...] = ()
+    launcher: str = "direct"
+    started_by: str = "module"
+    backend: str = "iommufd"
+    backends: t.Mapping[str, str] = dataclasses.field(default_factory=dict)
+    objects: t.Mapping[str, str] = dataclasses.field(default_factory=dict)
+    hot_plug: bool = False
+    expendable: tuple[str, ...] = ()
+    arp_target: str = ""
     user: str = "nobody"
     qemu: str = ""
     busybox: str = ""
     kernel: str = ""
     memory: int = 256
     cpus: int = 1
+    memlock: int | None = None
     timeout: float = 600.0
     accelerator: str = "auto"
     pending: bool = False
     qemu_pending: bool = False
+
+    @property
+    def by_libvirt(self) -> bool:
+        """Whether libvirt starts QEMU."""
+        return self.launcher == "libvirt" or self.started_by == "libvirt"
 
 
 @dataclasses.dataclass
@@ -89,6 +130,9 @@ class Ready:
     """What was found on the host; complete when ``problems`` and ``passing`` are empty.
 
     Attributes:
+        decision: the backend of each device, and why; None while what decides is still to come.
+        trial: the decision with which peer-to-peer is measured first, because it was not yet and decides; else None.
+        confines: whether libvirt puts guests under a profile of a security module.
         problems: what stands in the way, each a sentence or two with the remedy.
         passing: the same, of what earlier steps of a play bring about: the IOMMU, modules, nodes, bound devices.
     """
@@ -96,6 +140,10 @@ class Ready:
     request: Request
     user: _launcher.User
     functions: list[Function] = dataclasses.field(default_factory=list)
+    plugged: list[Function] = dataclasses.field(default_factory=list)
+    decision: Decision | None = None
+    trial: Decision | None = None
+    facts: Facts = dataclasses.field(default_factory=Facts)
     iommu: tuple[int, int] = (0, 0)
     qemu: str = ""
     qemu_version: str = ""
@@ -104,15 +152,46 @@ class Ready:
     busybox: str = ""
     accelerator: str = "tcg"
     accelerator_reason: str = ""
+    confines: bool = False
     problems: list[str] = dataclasses.field(default_factory=list)
     passing: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def qemu_opens(self) -> bool:
+        """Whether libvirt starts a QEMU that opens the nodes itself."""
+        return self.request.launcher == "self" and self.request.started_by == "libvirt"
+
+    def backends(self) -> dict[str, str]:
+        """Address to backend. Where nothing is decided yet, what is checked is iommufd."""
+        decision = self.trial or self.decision
+        everything = (*self.request.devices, *self.request.plugged)
+        if decision is None:
+            return {address: self.request.backends.get(address, "iommufd") for address in everything}
+        return {str(choice.device.address): choice.backend for choice in decision.choices}
+
     def sentence(self) -> str:
         """What is going to happen, for check mode."""
-        devices = ", ".join(self.request.devices) or "devices that are not there yet"
+        request = self.request
+        devices = ", ".join(request.devices) or "devices that are not there yet"
+        backends = set(self.backends().values())
+        how = {"direct": "", "systemd": " in a unit of systemd", "libvirt": " in a domain of libvirt", "self": ""}
+        if self.decision is None or self.trial is not None:
+            where = "on the backend that is chosen then" if request.backend == "auto" else "on /dev/iommu"
+        elif backends == {"legacy"}:
+            where = "on the legacy container"
+        elif backends == {"iommufd"}:
+            opener = "opened by QEMU itself" if request.launcher == "self" else ""
+            count = len({request.objects.get(address, "") for address in request.devices})
+            where = (
+                f"on {'one' if count == 1 else count} /dev/iommu descriptor{'s' if count > 1 else ''} {opener}".rstrip()
+            )
+        else:
+            where = "on /dev/iommu and the legacy container"
+        user = "" if request.by_libvirt else f" as {self.user.name}"
+        plugged = f", {', '.join(request.plugged)} plugged in while it runs" if request.plugged else ""
         return (
-            f"boot a guest of {self.request.memory} MiB with {devices} on one /dev/iommu descriptor, with QEMU as "
-            f"{self.user.name} ({self.accelerator})"
+            f"boot a guest of {request.memory} MiB with {devices} {where}{plugged}, with QEMU{user}"
+            f"{how[request.launcher]} ({self.accelerator})"
         )
 
 
@@ -120,17 +199,25 @@ class Ready:
 
 
 def prepare(host: Host, request: Request) -> Ready:
-    """Read the host and find what stands in the way. Changes nothing, starts nothing that stays.
+    """Read the host, choose the backend and find what stands in the way. Changes nothing, starts nothing that stays.
 
     Raises:
         OptionError: an option names what the host does not have.
         HostError: something stands in the way (all of it in one message).
     """
     _check_options(request)
-    ready = Ready(request, _launcher.find_user(request.user))
-    _check_iommu(host, ready)
-    _check_devices(host, ready)
-    _check_programs(host, ready)
+    # A launcher that passes descriptors shows that the user needs no group for it; where QEMU opens, groups count.
+    ready = Ready(request, _launcher.find_user(request.user, with_groups=request.launcher in ("systemd", "self")))
+    for addresses, found in ((request.devices, ready.functions), (request.plugged, ready.plugged)):
+        found += [one for one in (read_function(host, address) for address in addresses) if one is not None]
+    qemu = _check_programs(host, ready)
+    _decide(host, ready, qemu)
+    backends = ready.backends()
+    if "iommufd" in backends.values() or not backends:
+        _check_iommu(host, ready)
+        _check_qemu(ready, qemu)
+    _check_devices(host, ready, backends)
+    _check_launcher(host, ready, backends)
     _choose_accelerator(host, ready)
     _check_memory(host, ready)
     problems = ready.problems if request.pending else [*ready.passing, *ready.problems]
@@ -148,15 +235,121 @@ def _numbered(problems: t.Sequence[str]) -> str:
 def _check_options(request: Request) -> None:
     if platform.machine() != "x86_64":
         raise HostError(f"The verification guest is a PC so far; this host is {platform.machine()}.", step="prepare")
-    most = _qemu_command.MOST_DEVICES
+    most = _qemu_command.MOST_DEVICES - len(request.plugged)
     if len(request.devices) > most or not (request.devices or request.pending):
         raise OptionError("devices", list(request.devices), f"1 to {most} devices")
+    for option, value, accepted in (
+        ("launcher", request.launcher, LAUNCHERS),
+        ("started_by", request.started_by, STARTERS),
+        ("backend", request.backend, REQUESTS),
+    ):
+        if value not in accepted:
+            raise OptionError(option, value, ", ".join(accepted))
+    if request.started_by != "module" and request.launcher != "self":
+        raise OptionError(
+            "started_by", request.started_by, "module, or launcher: self", "it is the launcher that starts"
+        )
+    twice = sorted(set(request.devices) & set(request.plugged))
+    if twice:
+        raise OptionError("hot_plug", twice, "devices that the guest does not have from its start")
+    if request.plugged and (request.launcher not in PLUGGING or request.by_libvirt):
+        raise OptionError("hot_plug", list(request.plugged), f"nothing, or launcher: {' or '.join(PLUGGING)}")
+    everything = (*request.devices, *request.plugged)
+    for option, addresses in (
+        ("backends", request.backends),
+        ("iommufds", request.objects),
+        ("expendable", request.expendable),
+    ):
+        for address in addresses:
+            if address not in everything and not request.pending:
+                raise OptionError(option, address, f"addresses of devices of the guest ({', '.join(everything)})")
+    for address, backend in request.backends.items():
+        if backend not in BACKENDS:
+            raise OptionError(f"backends[{address}]", backend, ", ".join(BACKENDS))
+    for address, name in request.objects.items():
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,63}", name):
+            raise OptionError(f"iommufds[{address}]", name, "a name that begins with a letter")
+    if request.objects and request.launcher == "libvirt":
+        raise OptionError(
+            "iommufds", dict(request.objects), "nothing with launcher: libvirt, which has one for a guest"
+        )
+    if request.arp_target and not re.fullmatch(r"(\d{1,3}\.){3}\d{1,3}", request.arp_target):
+        raise OptionError("arp_target", request.arp_target, "an address of IPv4, such as 192.0.2.1")
     if request.memory < LEAST_MEMORY:
         raise OptionError("memory", request.memory, f"{LEAST_MEMORY} MiB or more")
+    if request.memlock is not None and request.memlock < 1:
+        raise OptionError("memlock", request.memlock, "1 MiB or more")
+    if request.memlock is not None and request.by_libvirt:
+        raise OptionError("memlock", request.memlock, "nothing where libvirt starts QEMU, which sets the limit itself")
     if not 1 <= request.cpus <= 64:
         raise OptionError("cpus", request.cpus, "1 to 64")
     if request.timeout < 10:
         raise OptionError("timeout", request.timeout, "10 seconds or more")
+
+
+# -- the backend -------------------------------------------------------------------------------------------------------
+
+
+def _decide(host: Host, ready: Ready, qemu: Qemu | None) -> None:
+    """Choose the backend of each device.
+
+    Raises:
+        OptionError: what was asked for is impossible here.
+    """
+    request = ready.request
+    if request.pending and request.backend == "auto":
+        return
+    ready.facts = _facts(host, ready, qemu)
+    ready.decision = choose(ready, ready.facts.peer_to_peer)
+    if request.backend == "auto" and ready.facts.peer_to_peer.works is None and ready.decision.backend == "legacy":
+        other = choose(ready, PeerToPeer(True, "to be measured"))
+        ready.trial = other if other.backend == "iommufd" else None
+
+
+def choose(ready: Ready, peers: PeerToPeer) -> Decision:
+    """The backend of each device, given what is known of peer-to-peer."""
+    request = ready.request
+    everything = (*request.devices, *request.plugged)
+    given = [{"address": address, "backend": request.backends.get(address)} for address in everything]
+    return decide(
+        dataclasses.replace(ready.facts, peer_to_peer=peers),
+        parse_devices("devices", given, empty=True),
+        request.backend,
+        request.launcher,
+        request.hot_plug or bool(request.plugged),
+        "q35",
+    )
+
+
+def _facts(host: Host, ready: Ready, qemu: Qemu | None) -> Facts:
+    request = ready.request
+    kernel = os.uname().release
+    functions = [*ready.functions, *ready.plugged]
+    libvirt = read_libvirt_facts(host) if request.by_libvirt else None
+    grouped = [one for one in functions if one.iommu_group is not None and one.driver and is_vfio_driver(one.driver)]
+    facts = Facts(
+        architecture=platform.machine(),
+        kernel=kernel,
+        groups=all(host.exists(f"/sys/class/vfio/{one.iommu_group}") for one in grouped) if grouped else None,
+        libvirt=None if libvirt is None else libvirt.version,
+        libvirt_passes=None if libvirt is None else libvirt.can_pass_iommufd,
+    )
+    if request.backend != "auto":
+        # What is missing for iommufd is found in detail later, with what to do about it.
+        return dataclasses.replace(facts, iommufd=True, cdev=True, qemu_iommufd=True, qemu_passing=True)
+    measured = _peer_to_peer.read(host, kernel, ready.qemu) if ready.qemu else None
+    return dataclasses.replace(
+        facts,
+        iommufd=host.exists("/sys/class/misc/iommu/dev"),
+        cdev=all(one.vfio_device for one in functions) if grouped else cdev_supported(host),
+        qemu=None if qemu is None else f"{qemu.path} ({qemu.version})",
+        qemu_iommufd=None if qemu is None else qemu.iommufd,
+        qemu_passing=None if qemu is None else qemu.passing,
+        peer_to_peer=PeerToPeer() if measured is None else PeerToPeer(measured["works"], str(measured["detail"])),
+    )
+
+
+# -- what stands in the way --------------------------------------------------------------------------------------------
 
 
 def _check_iommu(host: Host, ready: Ready) -> None:
@@ -188,13 +381,10 @@ def _device_number(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _check_devices(host: Host, ready: Ready) -> None:
+def _check_devices(host: Host, ready: Ready, backends: t.Mapping[str, str]) -> None:
     nodes: dict[str, str] = {}  # node to the address whose use it is
-    for address in ready.request.devices:
-        function = read_function(host, address)
-        if function is None:
-            continue
-        ready.functions.append(function)
+    for function in (*ready.functions, *ready.plugged):
+        address = function.address
         if function.driver is None or not is_vfio_driver(function.driver):
             has = f"driven by {function.driver}" if function.driver else "without a driver"
             ready.passing.append(f"{address} is {has}, not on vfio-pci: bind it first (iommufd.host.vfio_bind).")
@@ -203,15 +393,23 @@ def _check_devices(host: Host, ready: Ready) -> None:
             ready.passing.append(f"{address} is in no IOMMU group: the IOMMU is off (role iommufd.host.kernel).")
             continue
         node = function.vfio_device
-        if node is None:
+        legacy = backends.get(address) == "legacy"
+        if legacy and not host.exists(f"/sys/class/vfio/{function.iommu_group}"):
+            ready.passing.append(
+                f"{address}: vfio makes no node for its IOMMU group {function.iommu_group}, so there is no legacy "
+                "container for it (CONFIG_VFIO_GROUP)."
+            )
+            continue
+        if node is None and not legacy:
             ready.passing.append(
                 f"{address} is on {function.driver} but has no vfio character device: the vfio module in use is built "
                 "without CONFIG_VFIO_DEVICE_CDEV (Linux 6.6 or later has it)."
             )
             continue
-        if not host.exists(node):
+        if node is not None and not host.exists(node):
             ready.passing.append(f"{address}: there is no node {node}: udevadm trigger.")
-        nodes[node] = address
+        if node is not None:
+            nodes[node] = address
         nodes[f"/dev/vfio/{function.iommu_group}"] = address
         group = read_group(host, function.iommu_group)
         others = [] if group is None else [one for one in read_members(host, group).values() if blocks(one)]
@@ -225,27 +423,42 @@ def _check_devices(host: Host, ready: Ready) -> None:
         ready.problems.append(f"{nodes[held]} is in use: {process} holds {held}. End that guest first.")
 
 
-def holders(host: Host, nodes: t.Sequence[str]) -> dict[str, str]:
-    """Which nodes another process holds open: node to "process 1234 (qemu-system-x86)"."""
-    found: dict[str, str] = {}
-    if not nodes:
-        return found
-    own = str(os.getpid())
-    for process in host.listdir("/proc"):
-        if not process.isdigit() or process == own:
-            continue
-        for descriptor in host.listdir(f"/proc/{process}/fd"):
-            target = host.readlink(f"/proc/{process}/fd/{descriptor}")
-            if target is not None and target in nodes and target not in found:
-                name = host.read_line(f"/proc/{process}/comm") or "?"
-                found[target] = f"process {process} ({name})"
-    return found
-
-
-def _check_programs(host: Host, ready: Ready) -> None:
+def _check_launcher(host: Host, ready: Ready, backends: t.Mapping[str, str]) -> None:
     request = ready.request
+    if request.launcher == "systemd":
+        ready.problems += _launch_systemd.problems(host)
+    if request.by_libvirt:
+        ready.problems += _launch_libvirt.problems(host)
+        ready.confines = host.read_line("/sys/module/apparmor/parameters/enabled") == "Y" and host.exists(
+            "/etc/apparmor.d/libvirt/TEMPLATE.qemu"
+        )
+        return
+    functions = [*ready.functions, *ready.plugged]
+    opened: list[str] = []  # by QEMU itself, as its user
+    if request.launcher == "self" and "iommufd" in backends.values():
+        opened += [_launcher.IOMMU_NODE]
+        opened += [one.vfio_device for one in functions if one.vfio_device and backends.get(one.address) == "iommufd"]
+    legacy = [one for one in functions if backends.get(one.address) == "legacy" and one.iommu_group is not None]
+    if request.launcher in ("self", "systemd") and legacy:
+        opened += [LEGACY_CONTAINER, *(f"/dev/vfio/{one.iommu_group}" for one in legacy)]
+    there = [node for node in dict.fromkeys(opened) if host.exists(node)]
+    if not host.live or not there:
+        return
+    refusals = _launcher.denied(ready.user, there)
+    refused = [f"{node} ({refusal})" for node, refusal in refusals.items() if refusal is not None]
+    if refused:
+        ready.problems.append(
+            f"QEMU opens the nodes itself {'with launcher self' if request.launcher == 'self' else 'for legacy'}, and "
+            f"{ready.user.name} cannot open {', '.join(refused)}: the role iommufd.host.access in mode group gives a "
+            f"group access{' (access_legacy_groups: true)' if legacy else ''}; name a user who is in it."
+        )
+
+
+def _check_programs(host: Host, ready: Ready) -> Qemu | None:
+    request = ready.request
+    found: Qemu | None = None
     binaries = (request.qemu,) if request.qemu else _BINARIES
-    path = next((found for found in map(host.which, binaries) if found), None)
+    path = next((one for one in map(host.which, binaries) if one), None)
     if request.qemu_pending:
         ready.qemu = path or binaries[0]
     elif path is None:
@@ -254,7 +467,11 @@ def _check_programs(host: Host, ready: Ready) -> None:
         )
     else:
         ready.qemu = path
-        _check_qemu(host, ready)
+        found = read_qemu(host, path)
+        ready.qemu_version = found.version or ""
+        if found.problem or not found.version:
+            ready.problems.append(f"{path} does not say its version: {found.problem or 'it said nothing'}.")
+            found = None
     try:
         ready.busybox = _initramfs.find_busybox(host, request.busybox)
     except HostError as error:
@@ -266,14 +483,12 @@ def _check_programs(host: Host, ready: Ready) -> None:
             ready.problems.append(f"There is no kernel image {ready.kernel}.")
     except HostError as error:  # an earlier step may reboot into another kernel
         ready.passing.append(error.message)
+    return found
 
 
-def _check_qemu(host: Host, ready: Ready) -> None:
-    found = read_qemu(host, ready.qemu)
-    ready.qemu_version = found.version or ""
-    if found.problem or not found.version:
-        ready.problems.append(f"{ready.qemu} does not say its version: {found.problem or 'it said nothing'}.")
-    elif not found.iommufd or not found.passing:
+def _check_qemu(ready: Ready, found: Qemu | None) -> None:
+    passes = ready.request.launcher != "self"
+    if found is not None and (not found.iommufd or (passes and not found.passing)):
         what = "takes no passed vfio descriptors" if found.iommufd else "has no iommufd"
         ready.problems.append(
             f"{ready.qemu} ({found.version}) {what} (seen in -object help and -device vfio-pci,help): it needs QEMU "
@@ -311,6 +526,9 @@ def _check_memory(host: Host, ready: Ready) -> None:
 def verify(host: Host, ready: Ready) -> Json:
     """Boot the guest and judge what was seen.
 
+    Where the backend is to be chosen and peer-to-peer, which decides, was not measured yet, the guest runs on iommufd
+    first. If that shows that peer-to-peer works, that was the verification; else it runs once more on what is chosen.
+
     Returns:
         The module's result: ``verified`` (True) and ``evidence``.
 
@@ -318,7 +536,20 @@ def verify(host: Host, ready: Ready) -> Json:
         HostError: it was not verified. The message names the step, QEMU's own words and the guest's last lines;
             ``details`` has ``step``, ``evidence`` as far as there is any, ``qemu_words`` and ``console``.
     """
-    run = _Run(host, ready)
+    if ready.trial is not None:
+        run = _run(host, ready)
+        measured = run.peer_to_peer()
+        _keep(host, ready, run)
+        ready.decision, ready.trial = choose(ready, PeerToPeer(measured["works"], measured["detail"])), None
+        if ready.backends() == {one.address: one.backend for one in run.devices}:
+            return _judged(run)
+    run = _run(host, ready)
+    _keep(host, ready, run)
+    return _judged(run)
+
+
+def _run(host: Host, ready: Ready) -> Run:
+    run = Run(host, ready, ready.backends())
     try:
         run.go()
     except HostError as error:
@@ -327,8 +558,21 @@ def verify(host: Host, ready: Ready) -> Json:
         if run.arguments:
             error.details.setdefault("evidence", run.evidence())
         error.details.setdefault("qemu_words", run.words.distinct())
-        error.details.setdefault("console", run.console_lines()[-_CONSOLE_LINES:])
+        error.details.setdefault("console", run.console_lines()[-CONSOLE_LINES:])
         raise
+    return run
+
+
+def _keep(host: Host, ready: Ready, run: Run) -> None:
+    """Keep what was measured of peer-to-peer for the next guest."""
+    measured = run.peer_to_peer()
+    if measured["works"] is not None and {one.backend for one in run.devices} == {"iommufd"}:
+        _peer_to_peer.keep(
+            host, os.uname().release, ready.qemu, ready.qemu_version, measured["works"], measured["detail"]
+        )
+
+
+def _judged(run: Run) -> Json:
     evidence = run.evidence()
     failed = [item for item in evidence["checks"] if item["status"] == "fail"]
     if failed:
@@ -339,390 +583,6 @@ def verify(host: Host, ready: Ready) -> Json:
             verified=False,
             evidence=evidence,
             qemu_words=run.words.distinct(),
-            console=run.console_lines()[-_CONSOLE_LINES:],
+            console=run.console_lines()[-CONSOLE_LINES:],
         )
     return {"verified": True, "evidence": evidence}
-
-
-class _Run:
-    """One run of the guest, with what was seen of it so far."""
-
-    def __init__(self, host: Host, ready: Ready) -> None:
-        self.host = host
-        self.ready = ready
-        self.step = "prepare"
-        self.words = _evidence.QemuWords()
-        self.report = _evidence.GuestReport()
-        self.console = bytearray()
-        self.devices: list[_evidence.PassedDevice] = []
-        self.iommu = -1
-        self.process_state: _evidence.ProcessState | None = None
-        self.same: dict[int, bool | None] = {}
-        self.refusals: dict[str, str | None] = {}
-        self.returned: dict[str, str] = {}
-        self.exit_status: int | None = None
-        self.seconds: dict[str, float] = {}
-        self.arguments: list[str] = []
-        self.modules: tuple[str, ...] = ()
-        self.memlock = 0
-        self._theirs: tuple[socket.socket, ...] = ()
-
-    def go(self) -> None:
-        """Open, start, listen, look, end; and look at the devices afterwards, however it ended."""
-        try:
-            self._boot()
-        finally:
-            self._look_at_devices()
-
-    def _boot(self) -> None:
-        with contextlib.ExitStack() as stack:
-            command, console, report = self._open(stack)
-            limits = _launcher.Limits(self.memlock)
-            self.step = "start"
-            self.arguments = command.arguments()
-            started = time.monotonic()
-            deadline = started + self.ready.request.timeout
-            process = _launcher.Process(self.arguments, self.ready.user, limits, command.descriptors)
-            with process:
-                for end in self._theirs:
-                    end.close()  # so that the process's end is the end of the sockets
-                try:
-                    self._listen(process, console, report, started, deadline)
-                finally:
-                    # What it said last is often why it ended.
-                    self._drain(process.words, console, report)
-                    self.words.close()
-            self.seconds["total"] = round(time.monotonic() - started, 2)
-
-    # -- opening -------------------------------------------------------------------------------------------------------
-
-    def _open(self, stack: contextlib.ExitStack) -> tuple[_qemu_command.Command, socket.socket, socket.socket]:
-        ready, user = self.ready, self.ready.user
-        image = _initramfs.read_kernel(self.host, ready.kernel)
-        ready.release = _initramfs.kernel_release(image)
-        index = _initramfs.ModuleIndex(self.host, ready.release)
-        guests = [
-            _initramfs.GuestDevice(_qemu_command.guest_slot(number), one.class_id or "", one.modalias or "")
-            for number, one in enumerate(ready.functions)
-        ]
-        settle = int(max(10.0, min(ready.request.timeout / 4, 120.0)))
-        initramfs = _initramfs.build(self.host, index, ready.busybox, guests, settle=settle)
-        self.modules = initramfs.modules
-
-        self.step = "permissions"
-        nodes = [one.vfio_device or "" for one in ready.functions]
-        self.refusals = _launcher.denied(user, [_launcher.IOMMU_NODE, *nodes])
-
-        self.step = "open"
-
-        def held(descriptor: int) -> int:
-            stack.callback(os.close, descriptor)
-            return descriptor
-
-        self.iommu = held(_launcher.open_node(_launcher.IOMMU_NODE, ready.iommu))
-        self.step = "accounting"
-        _launcher.account_per_process(self.iommu)
-        self.memlock = ready.request.memory * MIB + _MEMLOCK_MARGIN
-        self.step = "open"
-        for one, guest in zip(ready.functions, guests):
-            number = _device_number(one.vfio_number or "0:0")
-            self.devices.append(
-                _evidence.PassedDevice(
-                    address=one.address,
-                    slot=guest.slot,
-                    node=one.vfio_device or "",
-                    number=number,
-                    descriptor=held(_launcher.open_node(one.vfio_device or "", number)),
-                    vendor_id=one.vendor_id or "",
-                    device_id=one.device_id or "",
-                    class_id=one.class_id or "",
-                    drivers=initramfs.drivers[guest.slot],
-                    firmware=initramfs.firmware[guest.slot],
-                )
-            )
-        kvm: int | None = None
-        if ready.accelerator == "kvm":
-            kvm, why = _launcher.open_kvm(self.host)
-            if kvm is None:
-                raise HostError(f"KVM cannot be used any more: {why}.")
-            held(kvm)
-        console, console_theirs = socket.socketpair()
-        report, report_theirs = socket.socketpair()
-        self._theirs = (console_theirs, report_theirs)
-        for end in (console, report, *self._theirs):
-            stack.enter_context(end)
-        for end in (console, report):
-            end.setblocking(False)
-        command = _qemu_command.Command(
-            binary=ready.qemu,
-            name="iommufd-host-verify",
-            memory=ready.request.memory,
-            cpus=ready.request.cpus,
-            kernel=held(_launcher.memory_file("kernel", image, user)),
-            initramfs=held(_launcher.memory_file("initramfs", initramfs.data, user)),
-            console=console_theirs.fileno(),
-            report=report_theirs.fileno(),
-            kvm=kvm,
-            iommufd=self.iommu,
-            devices=tuple(device.descriptor for device in self.devices),
-        )
-        return command, console, report
-
-    # -- listening -----------------------------------------------------------------------------------------------------
-
-    def _listen(
-        self,
-        process: _launcher.Process,
-        console: socket.socket,
-        report: socket.socket,
-        started: float,
-        deadline: float,
-    ) -> None:
-        """Until QEMU has ended by itself, or something went wrong."""
-        self.step = "boot"
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.words, selectors.EVENT_READ)
-            selector.register(console, selectors.EVENT_READ)
-            selector.register(report, selectors.EVENT_READ)
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._timed_out(process)
-                for key, _events in selector.select(min(left, 0.2)):
-                    if not self._take(key.fileobj, process.words, console):
-                        selector.unregister(key.fileobj)
-                if "connected" not in self.seconds and len(self.words.connects) >= len(self.devices):
-                    self.seconds["connected"] = round(time.monotonic() - started, 2)
-                if "init" in self.report.guest and self.step == "boot":
-                    self.step = "guest"
-                if self.report.ready and self.process_state is None:
-                    self.seconds["ready"] = round(time.monotonic() - started, 2)
-                    self.step = "look"
-                    self._look_at_process(process.pid)
-                    self.step = "power off"
-                    report.send(b"go\n")
-                if process.poll() is not None:
-                    self._drain(process.words, console, report)
-                    self.words.close()
-                    self.exit_status = process.status
-                    if self.process_state is None or self.exit_status != 0:
-                        raise self._ended(process.status or 0)
-                    return
-
-    def _take(self, source: t.Any, words: int, console: socket.socket) -> bool:
-        try:
-            data = os.read(source, 65536) if isinstance(source, int) else source.recv(65536)
-        except (BlockingIOError, InterruptedError):
-            return True
-        except OSError:
-            return False
-        if source == words:
-            self.words.feed(data)
-        elif source is console:
-            self.console += data
-            del self.console[:-_CONSOLE_LIMIT]
-        else:
-            self.report.feed(data)
-        return bool(data)
-
-    def _drain(self, words: int, console: socket.socket, report: socket.socket) -> None:
-        for source in (words, console, report):
-            if source == -1:
-                continue
-            for _try in range(64):
-                before = len(self.console), len(self.words.words), len(self.words.maps), len(self.report.devices)
-                if not self._take(source, words, console):
-                    break
-                after = len(self.console), len(self.words.words), len(self.words.maps), len(self.report.devices)
-                if before == after:
-                    break
-
-    def _look_at_process(self, process: int) -> None:
-        self.process_state = _evidence.observe(self.host, process, self.ready.iommu)
-        for descriptor in (self.iommu, *(device.descriptor for device in self.devices)):
-            self.same[descriptor] = _launcher.same_open_file(process, descriptor, descriptor)
-
-    def _look_at_devices(self) -> None:
-        nodes = {device.node: device.address for device in self.devices}
-        held = holders(self.host, list(nodes))
-        for device in self.devices:
-            function = read_function(self.host, device.address)
-            driver = None if function is None else function.driver
-            problem = ""
-            if driver is None or not is_vfio_driver(driver):
-                problem = f"no longer on vfio-pci ({driver or 'no driver'})"
-            elif device.node in held:
-                problem = f"still held by {held[device.node]}"
-            self.returned[device.address] = problem
-
-    # -- telling -------------------------------------------------------------------------------------------------------
-
-    def _timed_out(self, process: _launcher.Process) -> HostError:
-        waited = f"{self.ready.request.timeout:.0f} s"
-        where = {
-            "boot": "its kernel had not reached our program" if self.words.connects else "QEMU had not set it up",
-            "guest": "it was looking at its devices",
-            "look": "it was ready",
-            "power off": "it did not power off",
-        }.get(self.step, self.step)
-        return HostError(
-            f"The guest did not finish within {waited} ({self.ready.accelerator}): {where}. "
-            f"A larger timeout helps where it is only slow.{self.quotes()}"
-        )
-
-    def _ended(self, status: int) -> HostError:
-        panic = _evidence.panicked(self.console_lines())
-        if panic:
-            return HostError(f"The guest's kernel panicked: {panic.strip()}.{self.quotes()}")
-        if status != 0 and not self.report.guest:
-            how = f"signal {-status}" if status < 0 else f"status {status}"
-            return HostError(f"QEMU ended with {how} before the guest ran.{self.explain()}{self.quotes()}")
-        how = "powered off or reset" if status == 0 else f"ended (QEMU's status {status})"
-        return HostError(f"The guest {how} before it was ready.{self.explain()}{self.quotes()}")
-
-    def explain(self) -> str:
-        """What QEMU's words mean, where that is known; begins with a space."""
-        meaning = explain(self.words.said())
-        return f" {meaning}" if meaning else ""
-
-    def quotes(self) -> str:
-        """QEMU's own words and the guest's last lines; begins with a space."""
-        said = self.words.said()
-        lines = self.console_lines()[-4:]
-        quotes = f" QEMU's words: {said.rstrip('.')}." if said else " QEMU said nothing."
-        last = " / ".join(lines).rstrip(".")
-        return quotes + (f" The guest's last lines: {last}." if lines else " The guest's console is empty.")
-
-    def console_lines(self) -> list[str]:
-        return _evidence.readable(bytes(self.console))
-
-    def evidence(self) -> Json:
-        """Everything that was seen, with the judgement of it."""
-        ready, state = self.ready, self.process_state
-        seen = _evidence.Witnesses(
-            devices=self.devices,
-            iommu=self.iommu,
-            user=(ready.user.name, ready.user.uid, ready.user.gid),
-            memory=ready.request.memory * MIB,
-            process=state,
-            same=self.same,
-            refusals=self.refusals,
-            qemu=self.words,
-            guest=self.report,
-            exit_status=self.exit_status,
-            returned=self.returned,
-        )
-        first = state.threads[0] if state and state.threads else {}
-        connects = self.words.connects
-        return {
-            "launcher": "direct",
-            "backend": "iommufd",
-            "checks": _evidence.judge(seen),
-            "devices": [_device_evidence(device, self.report) for device in self.devices],
-            "descriptors": {
-                "iommu": None if state is None else len(state.iommu),
-                "same_open_file": self.same.get(self.iommu),
-                "owned": max((owned for _number, owned, _users in connects), default=None),
-                "users": max((users for _number, _owned, users in connects), default=None),
-                "legacy": [] if state is None else state.legacy,
-            },
-            "process": {
-                "user": ready.user.name,
-                "uid": ready.user.uid if not first else _first_number(first.get("Uid")),
-                "gid": ready.user.gid if not first else _first_number(first.get("Gid")),
-                "groups": first.get("Groups", "").split(),
-                "capabilities": {key: first.get(key) for key in _evidence.CAPABILITY_SETS},
-                "no_new_privs": first.get("NoNewPrivs") == "1",
-                "seccomp": _first_number(first.get("Seccomp")),
-                "memlock": self.memlock,
-                "charged": None if state is None else state.locked,
-                "refusals": self.refusals,
-                "arguments": self.arguments,
-            },
-            "guest": {
-                "kernel": self.report.guest.get("kernel"),
-                "memory": ready.request.memory,
-                "cpus": ready.request.cpus,
-                "modules": list(self.modules),
-                "uptime": {key: _seconds(self.report.guest.get(key)) for key in ("init", "loaded", "settled", "ready")},
-            },
-            "peer_to_peer": _evidence.peer_to_peer(self.words, self.report.memory),
-            "qemu": {"path": ready.qemu, "version": ready.qemu_version, "words": self.words.distinct()},
-            "accelerator": ready.accelerator,
-            "accelerator_reason": ready.accelerator_reason,
-            "kernel": ready.release,
-            "seconds": self.seconds,
-        }
-
-
-def _device_evidence(device: _evidence.PassedDevice, report: _evidence.GuestReport) -> Json:
-    said = report.devices.get(device.slot, {})
-    known = ("disk", "interface", "mac", "carrier", "serial", "model", "config", "bar")
-    found: Json = {
-        "address": device.address,
-        "guest_address": device.slot,
-        "vfio_device": device.node,
-        "vendor_id": said.get("vendor"),
-        "device_id": said.get("device"),
-        "class_id": said.get("class"),
-        "driver": said.get("driver"),
-        "modules": list(device.drivers),
-        "details": {key: said[key] for key in known if key in said},
-        "dma": None,
-    }
-    if "disk" in said:
-        found["dma"] = {
-            "bytes": int(said["dma_bytes"]) if said.get("dma_bytes", "").isdigit() else None,
-            "sha256": said.get("sha256_first"),
-            "agrees": said.get("sha256_first") == said.get("sha256_second"),
-        }
-    return found
-
-
-def _first_number(text: str | None) -> int | None:
-    words = (text or "").split()
-    return int(words[0]) if words and words[0].isdigit() else None
-
-
-def _seconds(text: str | None) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return None
-
-
-# What QEMU passes on from the kernel, and what it means here: the first pattern that fits.
-_MEANINGS = (
-    (
-        re.compile(r"(bind|attach).*Operation not permitted", re.IGNORECASE),
-        "The kernel does not give the device away. No host driver was seen in its IOMMU group, so it must be that the "
-        "IOMMU does not isolate interrupts (no interrupt remapping): turn that on in the firmware. "
-        "iommufd.allow_unsafe_interrupts=1 would override it and is a security hole.",
-    ),
-    (
-        re.compile(r"(bind|attach).*(Device or resource busy|Invalid argument)", re.IGNORECASE),
-        "Another process holds the device or its IOMMU group.",
-    ),
-    (
-        re.compile(r"(IOAS_MAP|map).*Cannot allocate memory", re.IGNORECASE),
-        "The guest's memory could not be pinned: the limit of locked memory (RLIMIT_MEMLOCK) or the host's memory is "
-        "too small.",
-    ),
-    (
-        re.compile(r"cannot set up guest memory|Cannot allocate memory", re.IGNORECASE),
-        "The host has not enough memory for the guest.",
-    ),
-    (
-        re.compile(r"(iommufd|fd).*(not found|invalid|Parameter|unknown)", re.IGNORECASE),
-        "This QEMU does not take passed iommufd descriptors (it needs 9.0 or later with CONFIG_IOMMUFD).",
-    ),
-    (re.compile(r"seccomp|sandbox", re.IGNORECASE), "This QEMU is built without its sandbox (seccomp)."),
-)
-
-
-def explain(words: str) -> str:
-    """What QEMU's words mean, or an empty text."""
-    for pattern, meaning in _MEANINGS:
-        if pattern.search(words):
-            return meaning
-    return ""

@@ -30,8 +30,8 @@ from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 _IMAGE_LIMIT = 256 * 1024 * 1024
 
 #: What /init calls; `devmem` is used where it is there.
-APPLETS = ("sh", "mount", "stty", "insmod", "dd", "sha256sum", "od", "ip", "sleep", "poweroff")
-OPTIONAL_APPLETS = ("devmem",)
+APPLETS = ("sh", "mount", "stty", "insmod", "cat", "dd", "sha256sum", "od", "ip", "sleep", "poweroff")
+OPTIONAL_APPLETS = ("devmem", "arping")
 
 #: Display controllers are not driven in the guest: their drivers need firmware and a user space that are not there,
 #: and are hundreds of MiB large. Their configuration space and BARs are read instead.
@@ -73,17 +73,18 @@ driver_of() {
     cd /
 }
 # A driver may finish its probe after its module is loaded (nvme does); the disk appears later still.
-settled() {
-    while read -r address wants; do
-        [ -e "/sys/bus/pci/devices/$address" ] || continue
+settled() { # [ADDRESS]: this one, or all that are there
+    while read -r one wants; do
+        [ -n "$1" ] && [ "$1" != "$one" ] && continue
+        [ -e "/sys/bus/pci/devices/$one" ] || continue
         case $wants in
-            driver | disk) driver_of "$address"; [ -n "$driver" ] || return 1 ;;
+            driver | disk) driver_of "$one"; [ -n "$driver" ] || return 1 ;;
         esac
         if [ "$wants" = disk ]; then
-            on_device "$address" /sys/block; [ -n "$found" ] || return 1
+            on_device "$one" /sys/block; [ -n "$found" ] || return 1
             for disk in $found; do [ -e "/dev/$disk" ] || return 1; done
         fi
-    done </guest/devices
+    done </guest/wants
 }
 uptime; limit=$((${up%.*} + settle))
 until settled; do
@@ -92,6 +93,16 @@ until settled; do
 done
 uptime; say "guest settled $up"
 
+# Writes to the disk: only called where the user gave it up.
+scratch() {
+    amount=16; [ "$3" -lt $((amount * 128)) ] && amount=$(($3 / 128))
+    where=$(($3 / 128 - amount))
+    dd if=/dev/urandom of=/tmp/scratch bs=64k "count=$amount" 2>/dev/null
+    sum=$(sha256sum </tmp/scratch); say "$1 scratch_wrote ${sum%% *}"
+    dd if=/tmp/scratch "of=/dev/$2" bs=64k "seek=$where" oflag=direct 2>/dev/null
+    sum=$(dd "if=/dev/$2" bs=64k "skip=$where" "count=$amount" iflag=direct 2>/dev/null | sha256sum)
+    say "$1 scratch_read ${sum%% *}"; say "$1 scratch_bytes $((amount * 65536))"
+}
 disk() {
     read -r sectors <"/sys/block/$2/size"
     blocks=$((sectors / 128)); [ "$blocks" -gt "$read_blocks" ] && blocks=$read_blocks
@@ -106,6 +117,7 @@ disk() {
     say "$1 disk_bytes $((sectors * 512))"
     say "$1 asked_bytes $((blocks * 131072))"
     say "$1 dma_bytes $(((after - before) * 512))"
+    case $expendable in *" $1 "*) scratch "$1" "$2" "$sectors" ;; esac
 }
 network() {
     ip link set "$2" up 2>/dev/null
@@ -115,9 +127,14 @@ network() {
     done
     read -r mac <"/sys/class/net/$2/address"
     say "$1 interface $2"; say "$1 mac $mac"; say "$1 carrier ${carrier:-unknown}"
+    [ -n "$arp_target" ] && [ "$carrier" = 1 ] || return
+    # The question of a newcomer whether somebody has that address: it takes none, and an answer is a frame, too.
+    arping -q -D -c 3 -w 3 -I "$2" "$arp_target" >/dev/null 2>&1
+    read -r sent <"/sys/class/net/$2/statistics/tx_packets"
+    read -r received <"/sys/class/net/$2/statistics/rx_packets"
+    say "$1 frames_sent $sent"; say "$1 frames_received $received"
 }
 bare() {
-    say "$1 config "$(od -An -v -tx4 -N64 "$2/config")
     echo 1 2>/dev/null >"$2/enable"
     bar=0
     while read -r start end flags && [ $bar -lt 6 ]; do
@@ -128,10 +145,40 @@ bare() {
         fi
         bar=$((bar + 1))
     done <"$2/resource"
+    case "$(cat "$2/vendor" "$2/device")" in *0x1234*0x11e8*) copiers="$copiers $1=$start" ;; esac
 }
-while read -r address wants; do
-    device=/sys/bus/pci/devices/$address
-    if [ ! -e "$device" ]; then say "$address missing 1"; continue; fi
+
+# QEMU's edu copies between an address and itself when told so, and shows what was last written to its register 4,
+# inverted. One that reads another's register 0 and writes that to its register 4 has reached it in both directions.
+copy() { # REGISTERS SOURCE TARGET COMMAND
+    devmem $(($1 + 0x80)) 32 "$2"; devmem $(($1 + 0x88)) 32 "$3"
+    devmem $(($1 + 0x90)) 32 4; devmem $(($1 + 0x98)) 32 "$4"
+    for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+        [ $(($(devmem $(($1 + 0x98)) 32) & 1)) -eq 0 ] && return
+        sleep 0.05
+    done
+}
+transfers() {
+    for one in $copiers; do
+        # Command register: memory and bus master.
+        printf '\006' | dd "of=/sys/bus/pci/devices/${one%=*}/config" bs=1 seek=4 conv=notrunc 2>/dev/null
+    done
+    for one in $copiers; do
+        for peer in $copiers; do
+            [ "$one" = "$peer" ] && continue
+            from=${peer#*=} to=$((${peer#*=} + 4))
+            devmem $to 32 0xffffffff
+            copy ${one#*=} $from 0x40000 1
+            copy ${one#*=} 0x40000 $to 3
+            value=$(devmem $from 32) || continue
+            expected=$(printf 0x%08X $((~value & 0xffffffff)))
+            say "${one%=*} transfer ${peer%=*} $expected $(devmem $to 32)"
+        done
+    done
+}
+report() { # ADDRESS
+    address=$1 device=/sys/bus/pci/devices/$1
+    if [ ! -e "$device" ]; then say "$address missing 1"; return; fi
     for key in vendor device subsystem_vendor subsystem_device class; do
         read -r value <"$device/$key"; say "$address $key $value"
     done
@@ -140,9 +187,12 @@ while read -r address wants; do
         [ $((flags & 0x200)) -ne 0 ] && [ $((start)) -ne 0 ] && say "$address memory $bar $start $end"
         bar=$((bar + 1))
     done <"$device/resource"
+    say "$address config "$(od -An -v -tx4 -N256 "$device/config")
     driver_of "$address"
-    if [ -z "$driver" ]; then bare "$address" "$device"; continue; fi
+    if [ -z "$driver" ]; then bare "$address" "$device"; return; fi
     say "$address driver $driver"
+    count=0; for one in "$device"/msi_irqs/*; do [ -e "$one" ] && count=$((count + 1)); done
+    say "$address interrupts $count"
     on_device "$address" /sys/block
     for disk in $found; do disk "$address" "$disk"; break; done
     on_device "$address" /sys/class/net
@@ -152,10 +202,24 @@ while read -r address wants; do
         read -r value <"$controller/serial"; say "$address serial $value"
         read -r value <"$controller/model"; say "$address model $value"
     done
+}
+copiers=
+while read -r address wants; do
+    report "$address"
 done </guest/devices
+[ -n "$copiers" ] && transfers
 uptime; say "guest ready $up"
-# The devices stay in use until the host has looked at the process that holds them.
-read -r answer <&3
+# The devices stay in use until the host has looked at the process that holds them. Then it may plug others in.
+while read -r word address <&3; do
+    case $word in plug) ;; *) break ;; esac
+    uptime; limit=$((${up%.*} + settle))
+    until [ -e "/sys/bus/pci/devices/$address" ] && settled "$address"; do
+        uptime; [ "${up%.*}" -ge "$limit" ] && break
+        sleep 0.05
+    done
+    report "$address"
+    uptime; say "$address reported $up"
+done
 poweroff -f
 """
 
@@ -168,11 +232,15 @@ class GuestDevice:
         slot: PCI address in the guest.
         class_id: class of the function ("0x010802").
         modalias: the kernel's name for what drivers match (``pci:v…``).
+        plugged: it comes later, when the host says so.
+        expendable: a part of it may be written, where it is a disk.
     """
 
     slot: str
     class_id: str
     modalias: str
+    plugged: bool = False
+    expendable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,6 +512,7 @@ def build(
     devices: t.Sequence[GuestDevice],
     read_bytes: int = 1 << 20,
     settle: int = 30,
+    arp_target: str = "",
 ) -> Initramfs:
     """The guest's file system.
 
@@ -454,6 +523,7 @@ def build(
         devices: what is passed, in the order in which the guest reports.
         read_bytes: how much of a disk is read, twice.
         settle: seconds that drivers may take to attach and disks to appear.
+        arp_target: address of IPv4 that a network device with a link asks for; empty: none sends anything.
 
     Raises:
         HostError: busybox, one of its libraries or a module cannot be read.
@@ -476,11 +546,17 @@ def build(
         "/guest/modules.list",
         "".join(f"{module.name}.ko {options.get(module.name, '')}\n" for module in modules).encode(),
     )
-    archive.file(
-        "/guest/devices",
-        "".join(f"{device.slot} {wants(device, bool(drivers[device.slot]))}\n" for device in devices).encode(),
-    )
-    archive.file("/guest/settings", f"settle={settle}\nread_blocks={max(1, read_bytes // 65536)}\n".encode())
+    for name, listed in (("devices", [one for one in devices if not one.plugged]), ("wants", devices)):
+        lines = [f"{one.slot} {wants(one, bool(drivers[one.slot]))}\n" for one in listed]
+        archive.file(f"/guest/{name}", "".join(lines).encode())
+    expendable = "".join(f" {one.slot} " for one in devices if one.expendable)
+    settings = {
+        "settle": settle,
+        "read_blocks": max(1, read_bytes // 65536),
+        "expendable": f"'{expendable}'",
+        "arp_target": f"'{arp_target}'",
+    }
+    archive.file("/guest/settings", "".join(f"{name}={value}\n" for name, value in settings.items()).encode())
     archive.file("/init", INIT.encode(), 0o755)
     by_name = {module.name: module for module in modules}
     firmware = {

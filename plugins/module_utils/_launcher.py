@@ -32,6 +32,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._plan import reason, wait_until
 
 IOMMU_NODE = "/dev/iommu"
+VFIO_DIRECTORY = "/dev/vfio"
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
@@ -39,6 +40,10 @@ _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+# linux/sched.h, linux/mount.h
+_CLONE_NEWNS = 0x20000
+_MS_NOSUID, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 8, 0x4000, 0x40000
 
 # linux/iommufd.h: IOMMU_OPTION is _IO(';', 0x87) over struct iommu_option.
 _IOMMU_OPTION = 0x3B87
@@ -60,19 +65,21 @@ _IO_NONE = {"ppc64le": 1 << 29, "ppc64": 1 << 29}
 
 @dataclasses.dataclass(frozen=True)
 class User:
-    """An unprivileged user: name, numeric user id, numeric id of the primary group."""
+    """An unprivileged user: name, numeric user id, numeric ids of the primary group and of further ones."""
 
     name: str
     uid: int
     gid: int
+    groups: tuple[int, ...] = ()
 
 
-def find_user(name: str, option: str = "user") -> User:
+def find_user(name: str, option: str = "user", with_groups: bool = False) -> User:
     """Look a user up.
 
     Args:
         name: of the user.
         option: the module option, for the error.
+        with_groups: whether the process is to be in the further groups that the user is a member of.
 
     Raises:
         OptionError: unknown, or root.
@@ -84,7 +91,8 @@ def find_user(name: str, option: str = "user") -> User:
         raise OptionError(option, name, accepted, "the host has no such user") from None
     if entry.pw_uid == 0:
         raise OptionError(option, name, accepted, "this user is root")
-    return User(name, entry.pw_uid, entry.pw_gid)
+    groups = sorted(set(os.getgrouplist(name, entry.pw_gid)) - {entry.pw_gid}) if with_groups else []
+    return User(name, entry.pw_uid, entry.pw_gid, tuple(groups))
 
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
@@ -241,20 +249,29 @@ class Limits:
     """Resource limits of the process.
 
     Attributes:
-        memlock: bytes that it may pin (RLIMIT_MEMLOCK).
+        memlock: bytes that it may pin (RLIMIT_MEMLOCK); None: without limit.
         core: bytes of a core dump; 0, because it would hold the guest's memory.
     """
 
-    memlock: int
+    memlock: int | None
     core: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateNode:
+    """A device node that only the process is to see, and may open: its path in ``/dev/vfio``, and its number."""
+
+    path: str
+    number: tuple[int, int]
 
 
 class _Privileges:
     """Gives up root for good; everything it needs is looked up before the fork."""
 
-    def __init__(self, user: User, limits: Limits) -> None:
+    def __init__(self, user: User, limits: Limits, nodes: t.Sequence[PrivateNode] = ()) -> None:
         self.user = user
         self.limits = limits
+        self.nodes = nodes
         self.libc = ctypes.CDLL(None, use_errno=True)
         with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
             self.last_capability = int(file.read())
@@ -263,12 +280,15 @@ class _Privileges:
     def give_up(self) -> None:
         """In the child. The order matters: limits and the bounding set need root, and a change of credentials clears
         the signal that the parent's death is to send."""
-        for kind, value in ((resource.RLIMIT_MEMLOCK, self.limits.memlock), (resource.RLIMIT_CORE, self.limits.core)):
+        if self.nodes:
+            self._make_nodes()
+        memlock = resource.RLIM_INFINITY if self.limits.memlock is None else self.limits.memlock
+        for kind, value in ((resource.RLIMIT_MEMLOCK, memlock), (resource.RLIMIT_CORE, self.limits.core)):
             resource.setrlimit(kind, (value, value))
         self._prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
         for capability in range(self.last_capability + 1):
             self._prctl(_PR_CAPBSET_DROP, capability)
-        os.setgroups([])
+        os.setgroups(list(self.user.groups))
         os.setresgid(self.user.gid, self.user.gid, self.user.gid)
         os.setresuid(self.user.uid, self.user.uid, self.user.uid)
         self._prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -276,17 +296,37 @@ class _Privileges:
         if os.getppid() != self.parent:  # it died before the line above
             os._exit(1)
 
+    def _make_nodes(self) -> None:
+        """A /dev/vfio of the process's own, with its nodes alone: the kernel takes it away with the process."""
+        if self.libc.unshare(ctypes.c_int(_CLONE_NEWNS)):
+            raise OSError(ctypes.get_errno(), f"unshare: {os.strerror(ctypes.get_errno())}")
+        self._mount(None, "/", None, _MS_REC | _MS_PRIVATE, None)
+        self._mount("tmpfs", VFIO_DIRECTORY, "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k")
+        for node in self.nodes:
+            os.mknod(node.path, stat.S_IFCHR | 0o600, os.makedev(*node.number))
+            os.chown(node.path, self.user.uid, self.user.gid)
+
+    def _mount(self, source: str | None, target: str, kind: str | None, flags: int, data: str | None) -> None:
+        words = [None if text is None else text.encode() for text in (source, target, kind, data)]
+        if self.libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]):
+            raise OSError(ctypes.get_errno(), f"mount on {target}: {os.strerror(ctypes.get_errno())}")
+
     def _prctl(self, option: int, argument: int) -> None:
         if self.libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)):
             number = ctypes.get_errno()
             raise OSError(number, f"prctl({option}, {argument}): {os.strerror(number)}")
 
 
-def _child(privileges: _Privileges, body: t.Callable[[], None], report: int) -> int:
-    """Fork; the child gives up its privileges, runs ``body`` and exits. What it raises goes to ``report`` as text."""
+def _child(privileges: _Privileges | None, body: t.Callable[[], None], report: int) -> int:
+    """Fork; the child gives up its privileges, runs ``body`` and exits. What it raises goes to ``report`` as text.
+
+    Without privileges to give up it stays root, and ends with its parent all the same.
+    """
     # The handlers are Python's, and the child is a copy of Python that must never get back to Ansible: no signal may
     # reach it before they are gone.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    parent = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True)
     try:
         process = os.fork()
     except OSError as error:
@@ -301,7 +341,12 @@ def _child(privileges: _Privileges, body: t.Callable[[], None], report: int) -> 
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.setsid()
-        privileges.give_up()
+        if privileges is not None:
+            privileges.give_up()
+        else:
+            libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), *[ctypes.c_ulong(0)] * 3)
+            if os.getppid() != parent:
+                os._exit(1)
         step = "start"
         body()
     except BaseException as error:  # whatever it was: report it and end, nothing may unwind further
@@ -346,20 +391,38 @@ def denied(user: User, paths: t.Sequence[str]) -> dict[str, str | None]:
 
 
 class Process:
-    """An unprivileged process with inherited descriptors, its own session, and an end that is certain.
+    """A process with inherited descriptors, its own session, and an end that is certain.
 
     Use it as a context manager: on leaving, however that happens, the process and all it started are gone.
+
+    Args:
+        arguments: the program's path, and its arguments.
+        user: whom it runs as, without any privilege; None: it stays root.
+        limits: its resource limits, with a user.
+        descriptors: what it inherits, under the same numbers.
+        nodes: the only device nodes that it sees in /dev/vfio; without any it sees the host's.
+        stdin: what it reads from; None: nothing.
 
     Attributes:
         pid: process id.
         words: what it writes to standard output and standard error (our end of the pipe, not blocking).
     """
 
-    def __init__(self, arguments: t.Sequence[str], user: User, limits: Limits, descriptors: t.Iterable[int]) -> None:
+    def __init__(
+        self,
+        arguments: t.Sequence[str],
+        user: User | None,
+        limits: Limits | None = None,
+        descriptors: t.Iterable[int] = (),
+        nodes: t.Sequence[PrivateNode] = (),
+        stdin: int | None = None,
+    ) -> None:
         self._arguments = list(arguments)
         self._user = user
-        self._limits = limits
+        self._limits = limits or Limits(None)
         self._descriptors = sorted(set(descriptors))
+        self._nodes = nodes
+        self._stdin = stdin
         self.pid = 0
         self.words = -1
         self.status: int | None = None
@@ -370,14 +433,15 @@ class Process:
         Raises:
             HostError: it could not be started; says at which step and why.
         """
-        privileges = _Privileges(self._user, self._limits)
+        privileges = _Privileges(self._user, self._limits, self._nodes) if self._user else None
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        stdin = null if self._stdin is None else self._stdin
         self.words, output = os.pipe2(os.O_CLOEXEC)
         reader, writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.words, False)
 
         def execute() -> None:
-            os.dup2(null, 0)
+            os.dup2(stdin, 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
             keep = {0, 1, 2, writer, *self._descriptors}
@@ -390,6 +454,8 @@ class Process:
             os.chdir("/")
             os.umask(0o077)
             environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C", "HOME": "/nonexistent"}
+            if privileges is None:
+                environment["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
             os.execve(self._arguments[0], self._arguments, environment)
 
         try:
@@ -401,9 +467,8 @@ class Process:
             # Closed by a successful execve: end of file is the good news.
             problem = os.read(reader, 4096).decode("utf-8", "replace")
             if problem:
-                raise HostError(
-                    f"{self._arguments[0]} could not be started as {self._user.name}: {problem}.", step="start"
-                )
+                name = self._user.name if self._user else "root"
+                raise HostError(f"{self._arguments[0]} could not be started as {name}: {problem}.", step="start")
         except BaseException:
             self.end()
             raise

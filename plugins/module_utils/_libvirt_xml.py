@@ -49,7 +49,11 @@ def version_numbers(option: str, version: object) -> tuple[int, int]:
 
 
 def hostdevs(
-    devices: t.Sequence[GuestDevice], version: object, backend: str = "iommufd", scope: str = "device"
+    devices: t.Sequence[GuestDevice],
+    version: object,
+    backend: str = "iommufd",
+    scope: str = "device",
+    rom: bool = True,
 ) -> list[str]:
     """A ``<hostdev>`` for each device.
 
@@ -59,6 +63,7 @@ def hostdevs(
         backend: of the devices that do not say it. Mediated devices have none in libvirt's XML.
         scope: "device", or "domain": the domain has ``<iommufd enabled='yes'/>``, so only devices that are not on
             iommufd have to say something.
+        rom: whether the guest's firmware sees the devices' option ROMs.
 
     Raises:
         OptionError: something that this libvirt does not have.
@@ -75,7 +80,7 @@ def hostdevs(
     if "iommufd" in chosen or (scope == "domain" and devices):
         _check_version("version", version, scope)
     slots = _guest_slots(devices)
-    return [_hostdev(device, one, scope, slots) for device, one in zip(devices, chosen)]
+    return [_hostdev(device, one, scope, slots, rom) for device, one in zip(devices, chosen)]
 
 
 def _check_scope(scope: str) -> None:
@@ -112,7 +117,7 @@ def _guest_slots(devices: t.Sequence[GuestDevice]) -> dict[str, list[str]]:
     return slots
 
 
-def _hostdev(device: GuestDevice, backend: str, scope: str, slots: t.Mapping[str, t.Sequence[str]]) -> str:
+def _hostdev(device: GuestDevice, backend: str, scope: str, slots: t.Mapping[str, t.Sequence[str]], rom: bool) -> str:
     if device.kind == "vfio-pci":
         said = {("iommufd", "device"): " iommufd='yes'", ("legacy", "domain"): " iommufd='no'"}.get(
             (backend, scope), ""
@@ -123,6 +128,7 @@ def _hostdev(device: GuestDevice, backend: str, scope: str, slots: t.Mapping[str
             "  <source>",
             f"    <address {_pci_attributes(str(device.address))}/>",
             "  </source>",
+            *([] if rom else ["  <rom enabled='no'/>"]),
         ]
     else:
         if device.uuid is None:

@@ -4,12 +4,13 @@
 
 """The command line of the verification guest, as a pure function of what it is to hold.
 
-Nothing here opens anything: descriptors are numbers that the process will inherit.
+Nothing here opens anything: where something comes as a descriptor, its number is known before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing as t
 
 #: Slots of the guest's root bus that passed devices get, in their order; 0x1f is the chipset's own.
 FIRST_SLOT = 0x02
@@ -24,12 +25,53 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 #: that it does not know.
 TRACES = ("iommufd_backend_connect*", "iommufd_cdev_connect*", "iommufd_backend_map*dma*")
 
-IOMMUFD_ID = "iommufd0"
-
 
 def guest_slot(number: int) -> str:
-    """The PCI address that the passed device of that number (from 0) has in the guest."""
+    """The PCI address that the device of that number (from 0) has in the guest."""
     return f"0000:00:{FIRST_SLOT + number:02x}.0"
+
+
+def placement(number: int) -> dict[str, str | int]:
+    """The properties of QEMU's device that put it there.
+
+    rombar=0: an option ROM has no part in this, and firmware would run it.
+    """
+    return {"bus": "pcie.0", "addr": f"{FIRST_SLOT + number:#x}", "rombar": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """A PCI Express root port into which a device is plugged later.
+
+    Attributes:
+        number: of its slot on the root bus, counted like the devices', which come before it.
+        order: its place among the ports, from 0. Firmware numbers the buses behind them in the order of the slots.
+        window: bytes of memory below 4 GiB that the firmware reserves behind it; 0: what it takes by itself (2 MiB).
+        window64: bytes of prefetchable memory, anywhere.
+    """
+
+    number: int
+    order: int
+    window: int = 0
+    window64: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"port{self.order}"
+
+    @property
+    def guest_address(self) -> str:
+        """Of the device behind it."""
+        return f"0000:{self.order + 1:02x}:00.0"
+
+    def argument(self) -> str:
+        """The device argument."""
+        text = (
+            f"pcie-root-port,id={self.name},bus=pcie.0,addr={FIRST_SLOT + self.number:#x},"
+            f"chassis={self.order + 1},slot={self.order + 1}"
+        )
+        text += f",mem-reserve={self.window}" if self.window else ""
+        return text + (f",pref64-reserve={self.window64}" if self.window64 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +83,15 @@ class Command:
         name: of the guest; stands in the process list.
         memory: MiB.
         cpus: processors.
-        kernel: descriptor of the kernel image.
-        initramfs: descriptor of the archive.
-        console: descriptor of a socket that gets the guest's kernel messages.
-        report: descriptor of a socket for the guest's report.
-        kvm: descriptor of /dev/kvm; None: emulation in software (TCG).
-        iommufd: descriptor of /dev/iommu.
-        devices: descriptors of the vfio devices, in their order.
+        kernel: path of the kernel image.
+        initramfs: path of the archive.
+        console: where the guest's kernel messages go, as a chardev ("socket,fd=7").
+        report: where its report goes, likewise; this one is read, too.
+        accelerator: "kvm" or "tcg".
+        kvm: descriptor of /dev/kvm; None: QEMU opens the node.
+        devices: arguments for the vfio devices and their iommufd objects (:func:`_qemu_devices.arguments`).
+        ports: for devices that are plugged in later.
+        monitor: where QMP commands come from, as a chardev; empty: nowhere.
         settings: words for the guest kernel's command line beside our own.
     """
 
@@ -55,64 +99,64 @@ class Command:
     name: str
     memory: int
     cpus: int
-    kernel: int
-    initramfs: int
-    console: int
-    report: int
+    kernel: str
+    initramfs: str
+    console: str
+    report: str
+    accelerator: str
     kvm: int | None
-    iommufd: int
-    devices: tuple[int, ...]
+    devices: tuple[str, ...]
+    ports: tuple[Port, ...] = ()
+    monitor: str = ""
     settings: tuple[str, ...] = ()
-
-    @property
-    def descriptors(self) -> list[int]:
-        """Every descriptor that the process has to inherit."""
-        kvm = [] if self.kvm is None else [self.kvm]
-        return [self.kernel, self.initramfs, self.console, self.report, *kvm, self.iommufd, *self.devices]
 
     def arguments(self) -> list[str]:
         """The argument vector for a PC (q35)."""
         found = [self.binary, "-name", self.name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        found += ["-sandbox", SANDBOX]
-        for trace in TRACES:
-            found += ["-trace", trace]
+        found += ["-sandbox", SANDBOX, *trace_arguments()]
         # Each controller left out is one that firmware and kernel do not probe; the i8042 alone costs seconds.
         found += ["-machine", "q35,usb=off,sata=off,smbus=off,i8042=off,vmport=off,graphics=off"]
-        if self.kvm is None:
+        if self.accelerator == "tcg":
             # The translation cache would take a quarter of the host's memory by default.
             found += ["-accel", "tcg,tb-size=96", "-cpu", "max"]
+        elif self.kvm is None:
+            found += ["-accel", "kvm", "-cpu", "host"]
         else:
             # As a descriptor, so that the user needs no membership of the group that owns /dev/kvm.
             found += ["-add-fd", f"fd={self.kvm},set=1", "-accel", "kvm,device=/dev/fdset/1", "-cpu", "host"]
         found += ["-m", str(self.memory), "-smp", str(self.cpus)]
-        found += ["-kernel", f"/proc/self/fd/{self.kernel}", "-initrd", f"/proc/self/fd/{self.initramfs}"]
-        found += ["-append", " ".join(self.kernel_arguments())]
-        for number, (name, descriptor) in enumerate((("console", self.console), ("report", self.report))):
-            found += ["-chardev", f"socket,id={name},fd={descriptor}"]
+        found += ["-kernel", self.kernel, "-initrd", self.initramfs]
+        found += ["-append", " ".join(kernel_arguments(self.settings))]
+        for number, (name, chardev) in enumerate((("console", self.console), ("report", self.report))):
+            kind, _comma, rest = chardev.partition(",")
+            found += ["-chardev", f"{kind},id={name},{rest}"]
             found += ["-device", f"isa-serial,id=serial-{name},chardev={name},index={number}"]
-        found += ["-object", f"iommufd,id={IOMMUFD_ID},fd={self.iommufd}"]
-        for number, descriptor in enumerate(self.devices):
-            # rombar=0: an option ROM has no part in this, and firmware would run it.
-            found += [
-                "-device",
-                f"vfio-pci,id=dev{number},bus=pcie.0,addr={FIRST_SLOT + number:#x},rombar=0,"
-                f"iommufd={IOMMUFD_ID},fd={descriptor}",
-            ]
-        return found
+        if self.monitor:
+            kind, _comma, rest = self.monitor.partition(",")
+            found += ["-chardev", f"{kind},id=monitor,{rest}", "-qmp", "chardev:monitor"]
+        for port in self.ports:
+            found += ["-device", port.argument()]
+        return [*found, *self.devices]
 
-    def kernel_arguments(self) -> list[str]:
-        """The guest kernel's command line: quiet, ends instead of hanging, and skips what this guest does not need."""
-        return [
-            "console=ttyS0,115200",
-            "quiet",
-            "panic=-1",
-            "rdinit=/init",
-            "mitigations=off",
-            "nokaslr",
-            "random.trust_cpu=on",
-            "cryptomgr.notests",
-            # The random number source by jitter measures itself for as long as many drivers take together.
-            "initcall_blacklist=jent_mod_init",
-            "8250.nr_uarts=2",
-            *self.settings,
-        ]
+
+def trace_arguments() -> list[str]:
+    """What has QEMU say who opened a descriptor, who uses it and what is mapped."""
+    return [word for trace in TRACES for word in ("-trace", trace)]
+
+
+def kernel_arguments(settings: t.Sequence[str] = ()) -> list[str]:
+    """The guest kernel's command line: quiet, ends instead of hanging, and skips what this guest does not need."""
+    return [
+        "console=ttyS0,115200",
+        "quiet",
+        "panic=-1",
+        "rdinit=/init",
+        "mitigations=off",
+        "nokaslr",
+        "random.trust_cpu=on",
+        "cryptomgr.notests",
+        # The random number source by jitter measures itself for as long as many drivers take together.
+        "initcall_blacklist=jent_mod_init",
+        "8250.nr_uarts=2",
+        *settings,
+    ]

@@ -10,6 +10,7 @@ import os
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils import _peer_to_peer
 from ansible_collections.iommufd.host.plugins.module_utils._checks import run_checks
 from ansible_collections.iommufd.host.plugins.module_utils._distribution import read_distribution
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -90,7 +91,8 @@ def survey(host: Host) -> dict[str, t.Any]:
 
     Returns:
         A dict with ``live``, ``distribution``, ``kernel``, ``iommu``, ``nodes``, ``groups``, ``devices``, ``guests``,
-        ``qemu``, ``qemu_package``, ``libvirt``, ``security``, ``memlock`` and ``checks``, of plain types only.
+        ``qemu``, ``qemu_package``, ``libvirt``, ``security``, ``memlock``, ``peer_to_peer`` and ``checks``, of plain
+        types only.
     """
     functions = read_functions(host)
     uses, guests = survey_uses(host, functions)
@@ -113,6 +115,11 @@ def survey(host: Host) -> dict[str, t.Any]:
         "libvirt": libvirt.to_dict() if libvirt is not None else None,
         "security": read_security(host),
         "memlock": read_memlock(host),
+        "peer_to_peer": [
+            {key: one.get(key) for key in ("works", "detail", "qemu")}
+            for one in _peer_to_peer.read_all(host)
+            if one["kernel"] == kernel.name
+        ],
     }
     result["checks"] = [check.to_dict() for check in run_checks(result)]
     return result

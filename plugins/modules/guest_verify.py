@@ -12,17 +12,21 @@ version_added: 0.1.0
 description:
   - Boots a small guest with the named devices and returns evidence of how it held them. Each item is observed, none is
     assumed.
-  - The module opens C(/dev/iommu) once and the vfio character devices of the named devices, has pinned memory accounted
-    per process, and starts QEMU as an unprivileged user without capabilities, with its sandbox on. The descriptors
-    are inherited; that user could not open the nodes, which is tried too.
+  - With the launcher V(direct) the module opens C(/dev/iommu) once and the vfio character devices of the named devices,
+    has pinned memory accounted per process, and starts QEMU as an unprivileged user without capabilities, with its
+    sandbox on. The descriptors are inherited; that user could not open the nodes, which is tried too. The other
+    launchers are those of production, see O(launcher).
   - The guest is the host's own kernel with a file system of busybox and the host's driver modules for the passed
     devices. A driver uses a device where the kernel has one; a disk is read, which is DMA through the shared
-    descriptor. Nothing is ever written to a disk, and no network frame is sent.
-  - QEMU's limit of locked memory (RLIMIT_MEMLOCK) is set to O(memory) plus 64 MiB, since all of the guest's memory
-    is pinned.
-  - The guest, its kernel and its file system live in memory alone. No process and no file is left behind, whether the
-    guest succeeds, fails, or the module is killed.
+    descriptor. Nothing is written to a disk that is not in O(expendable), and no network frame is sent without
+    O(arp_target).
+  - QEMU's limit of locked memory (RLIMIT_MEMLOCK) is set to O(memory) plus 64 MiB for each address space, since all of
+    the guest's memory is pinned. Where pinned memory is charged to the user, as it is with V(systemd) and V(self),
+    there is no limit unless O(memlock) sets one, because other guests of that user count as well.
+  - The guest, its kernel and its file system live in memory alone. No process, unit, domain or file is left behind,
+    whether the guest succeeds, fails, or the module is killed.
   - The devices have to be on vfio-pci (M(iommufd.host.vfio_bind)) and stay there.
+  - What was seen of peer-to-peer is kept in C(/run) until the next boot, for O(backend=auto) and the survey.
 extends_documentation_fragment:
   - iommufd.host._attributes
   - iommufd.host._attributes.actiongroup
@@ -45,13 +49,81 @@ options:
     type: list
     elements: raw
     required: true
+  launcher:
+    description:
+      - Who opens the nodes and starts QEMU.
+      - V(direct) is the module itself, which passes the descriptors.
+      - V(systemd) is a transient unit with C(OpenFile) and C(DevicePolicy=closed), as
+        P(iommufd.host.guest_units#filter) writes them. It needs systemd 253.
+      - V(libvirt) is a transient domain. Descriptors for iommufd are passed by libvirt 12.1 and later.
+      - With V(self) QEMU opens the nodes as O(user), whom the host has to let (the role C(iommufd.host.access) in mode
+        C(group)).
+    type: str
+    choices: [direct, systemd, libvirt, self]
+    default: direct
+    version_added: 0.2.0
+  started_by:
+    description:
+      - Who starts a QEMU that opens the nodes itself. V(libvirt) is the way of a libvirt before 12.1, with the
+        devices on QEMU's command line.
+      - Only with O(launcher=self).
+    type: str
+    choices: [module, libvirt]
+    default: module
+    version_added: 0.2.0
   backend:
     description:
       - How the devices reach the guest.
       - V(iommufd) is one descriptor of C(/dev/iommu) for all of them.
+      - V(legacy) is the container C(/dev/vfio/vfio) and a node for each IOMMU group. Descriptors cannot be passed to
+        it, so QEMU opens them; with V(direct) in a C(/dev/vfio) of its own.
+      - V(auto) is V(iommufd) where kernel and QEMU map devices for each other, which is measured by trying, once for
+        each boot and QEMU. Where they do not, it is V(iommufd) for a single PCI device when no hot-plug is expected,
+        else V(legacy). The reason is in RV(evidence.decision).
     type: str
-    choices: [iommufd]
+    choices: [legacy, iommufd, auto]
     default: iommufd
+  backends:
+    description:
+      - PCI address to V(legacy) or V(iommufd), for devices that shall be on another one than the guest. There is no
+        mixture that was not asked for here.
+    type: dict
+    default: {}
+    version_added: 0.2.0
+  iommufds:
+    description:
+      - PCI address to the name of an iommufd object of QEMU, for devices that shall not be on the usual one,
+        C(iommufd0). Each object has a descriptor of C(/dev/iommu) of its own.
+    type: dict
+    default: {}
+    version_added: 0.2.0
+  hot_plug:
+    description:
+      - Devices that are plugged in while the guest runs, one after the other, used there and taken out again. Selectors
+        as in O(devices).
+      - With V(direct) and V(systemd) the descriptor is passed over QEMU's monitor. Not with V(libvirt).
+    type: list
+    elements: raw
+    default: []
+    version_added: 0.2.0
+  hot_plug_expected:
+    description: Whether to choose the backend as for a guest into which devices may be plugged.
+    type: bool
+    default: false
+    version_added: 0.2.0
+  expendable:
+    description:
+      - PCI addresses of disks of which the last MiB may be written. It is read back, and its old content is lost.
+    type: list
+    elements: str
+    default: []
+    version_added: 0.2.0
+  arp_target:
+    description:
+      - An address of IPv4 that each network device with a link asks for, three times, as a newcomer asks whether
+        somebody has it. An answer proves that frames go both ways. Without it no frame is sent.
+    type: str
+    version_added: 0.2.0
   qemu:
     description:
       - The QEMU to use, as an absolute path.
@@ -59,7 +131,7 @@ options:
         in the standard directories.
     type: path
   user:
-    description: The user that QEMU runs as. It must not be root.
+    description: The user that QEMU runs as. It must not be root. libvirt has a user of its own for its guests.
     type: str
     default: nobody
   memory:
@@ -70,6 +142,10 @@ options:
     description: Processors of the guest.
     type: int
     default: 1
+  memlock:
+    description: Limit of memory that QEMU may lock, in MiB. Without it, what the guest takes; libvirt sets its own.
+    type: int
+    version_added: 0.2.0
   accelerator:
     description:
       - How the guest's processor is made.
@@ -126,13 +202,24 @@ EXAMPLES = r"""
   ansible.builtin.debug:
     msg: "{{ verification.evidence.checks }}"
 
-- name: Verify as the user that runs guests in production
+- name: Verify four virtual functions in a hurry
   iommufd.host.guest_verify:
     devices:
       - vfs_of: ens3f0
         vf: "0-3"
-    user: libvirt-qemu
     timeout: 120
+
+- name: Verify as libvirt starts guests, on the backend that suits this host
+  iommufd.host.guest_verify:
+    devices: ["0000:01:00.0", "0000:02:00.0"]
+    launcher: libvirt
+    backend: auto
+
+- name: Plug a second disk in while the guest runs, and write to it
+  iommufd.host.guest_verify:
+    devices: ["0000:01:00.0"]
+    hot_plug: ["0000:02:00.0"]
+    expendable: ["0000:02:00.0"]
 """
 
 RETURN = r"""
@@ -154,6 +241,10 @@ step:
   returned: on failure
   type: str
   sample: boot
+decision:
+  description: The backend that was chosen for each device, and why. Not there where a measurement has to be made first.
+  returned: in check mode
+  type: dict
 problems:
   description: What stands in the way of starting the guest.
   returned: when something does
@@ -178,6 +269,20 @@ evidence:
   returned: when the guest was started
   type: dict
   contains:
+    launcher:
+      description: As asked.
+      type: str
+    backend:
+      description: V(iommufd), V(legacy), or V(mixed) where that was asked for.
+      type: str
+    opened_by:
+      description: Who opened C(/dev/iommu), V(launcher) or V(qemu).
+      type: str
+    decision:
+      description:
+        - The policy's choice, in C(backend), C(reason), C(mixed), C(opened_by), C(warnings) and, for each device, in
+          C(devices).
+      type: dict
     checks:
       description:
         - One judgement for each observation, in C(id), C(status), C(detail) and C(remedy).
@@ -185,20 +290,33 @@ evidence:
       type: list
       elements: dict
     devices:
-      description: Each device with its address in the guest, the driver that attached, and the DMA done.
+      description:
+        - Each device with its backend, its address in the guest, its BARs and configuration space there, the driver
+          that attached, and the DMA done.
       type: list
       elements: dict
     descriptors:
       description:
         - Number of open C(/dev/iommu), whether that is the module's own open file, and from QEMU's trace who opened it
           (C(owned), 0 for somebody else) and how many devices use it (C(users)).
+        - C(objects) are the iommufd objects with their number of devices, C(legacy) the open nodes of the legacy
+          container.
       type: dict
     process:
-      description: Ids, capabilities, seccomp, limits and arguments of QEMU, and what its user was refused.
+      description:
+        - Ids, capabilities, seccomp, limits, security profile, cgroup and arguments of QEMU, what that cgroup allows,
+          and what its user was refused.
       type: dict
     peer_to_peer:
-      description: Whether the devices' BARs could be mapped for each other (C(works)), and how that was seen.
+      description:
+        - Whether the devices' BARs could be mapped for each other (C(works)), and how that was seen. C(transfers) are
+          what one device wrote to another, where the guest has devices that do so when told (QEMU's edu).
+        - C(measured) is what is known of this kernel and QEMU, from this guest or an earlier one since the last boot.
       type: dict
+    hot_plug:
+      description: What was seen of each device that was plugged in.
+      type: list
+      elements: dict
     guest:
       description: Kernel, memory and modules of the guest.
       type: dict
@@ -224,6 +342,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outco
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request, prepare, verify
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
+from ansible_collections.iommufd.host.plugins.module_utils._pci import parse_address
 
 
 def work(module: AnsibleModule) -> Outcome:
@@ -231,14 +350,25 @@ def work(module: AnsibleModule) -> Outcome:
     host = Host()
     pending = options["pending"] and module.check_mode
     choice = find_devices(host, "devices", options["devices"], pending)
+    plugged = find_devices(host, "hot_plug", options["hot_plug"], pending) if options["hot_plug"] else None
     request = Request(
         devices=tuple(one.address for one in choice.chosen),
+        plugged=() if plugged is None else tuple(one.address for one in plugged.chosen),
+        launcher=options["launcher"],
+        started_by=options["started_by"],
+        backend=options["backend"],
+        backends=_by_address("backends", options["backends"]),
+        objects=_by_address("iommufds", options["iommufds"]),
+        hot_plug=options["hot_plug_expected"],
+        expendable=tuple(parse_address("expendable", one) for one in options["expendable"]),
+        arp_target=options["arp_target"] or "",
         user=options["user"],
         qemu=options["qemu"] or "",
         busybox=options["busybox"] or "",
         kernel=options["kernel"] or "",
         memory=options["memory"],
         cpus=options["cpus"],
+        memlock=options["memlock"],
         timeout=options["timeout"],
         accelerator=options["accelerator"],
         pending=pending,
@@ -247,33 +377,49 @@ def work(module: AnsibleModule) -> Outcome:
     ready = prepare(host, request)
     if module.check_mode:
         result: dict[str, t.Any] = {"verified": None, "would": ready.sentence()}
+        if ready.decision is not None and ready.trial is None:
+            result["decision"] = ready.decision.to_dict()
         if ready.passing:
             result["problems"] = ready.passing
-        problems = [*choice.missing, *ready.passing]
+        missing = [*choice.missing, *(plugged.missing if plugged is not None else [])]
         return Outcome(
-            result=result, warnings=[f"To be checked again when it is real: {problem}" for problem in problems]
+            result=result,
+            warnings=[f"To be checked again when it is real: {problem}" for problem in [*missing, *ready.passing]],
         )
 
     def after() -> dict[str, t.Any]:
         found = verify(host, ready)
         for item in found["evidence"]["checks"]:
-            # A guest without a disk, or without a driver for its devices, is nothing to be warned of.
-            if item["status"] == "skip" and item["id"] not in ("dma", "drivers"):
+            # A guest without a disk, a cable or a driver for its devices is nothing to be warned of.
+            if item["status"] == "skip" and item["id"] not in ("dma", "drivers", "link"):
                 module.warn(f"Not seen, {item['id']}: {item['detail']}.")
         return found
 
     return Outcome(after=after)
 
 
+def _by_address(option: str, given: dict[str, t.Any]) -> dict[str, str]:
+    return {parse_address(option, address): str(value) for address, value in given.items()}
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "devices": {"type": "list", "elements": "raw", "required": True},
-            "backend": {"type": "str", "choices": ["iommufd"], "default": "iommufd"},
+            "launcher": {"type": "str", "choices": ["direct", "systemd", "libvirt", "self"], "default": "direct"},
+            "started_by": {"type": "str", "choices": ["module", "libvirt"], "default": "module"},
+            "backend": {"type": "str", "choices": ["legacy", "iommufd", "auto"], "default": "iommufd"},
+            "backends": {"type": "dict", "default": {}},
+            "iommufds": {"type": "dict", "default": {}},
+            "hot_plug": {"type": "list", "elements": "raw", "default": []},
+            "hot_plug_expected": {"type": "bool", "default": False},
+            "expendable": {"type": "list", "elements": "str", "default": []},
+            "arp_target": {"type": "str"},
             "qemu": {"type": "path"},
             "user": {"type": "str", "default": "nobody"},
             "memory": {"type": "int", "default": 256},
             "cpus": {"type": "int", "default": 1},
+            "memlock": {"type": "int"},
             "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
             "timeout": {"type": "int", "default": 600},
             "busybox": {"type": "path"},

@@ -354,6 +354,14 @@ memlock:
   type: list
   elements: dict
   sample: [{domain: "@kvm", type: "-", kib: null, file: /etc/security/limits.d/kvm.conf}]
+peer_to_peer:
+  description:
+    - What M(iommufd.host.guest_verify) saw since the last boot of whether a guest's devices reach each other over
+      iommufd, for each QEMU. Empty where it was not measured.
+  returned: success
+  type: list
+  elements: dict
+  sample: [{works: true, detail: 3 BARs were mapped and none was refused, qemu: 11.1.2}]
 checks:
   description:
     - The readiness checks in the order in which one would mend what they find. The ids are stable.

@@ -20,27 +20,29 @@ class SelectingAction(ActionModule):
     Without a query this is what runs every module: one round trip.
 
     Attributes:
-        option: the module's option that takes selectors.
+        options: the module's options that take selectors.
     """
 
-    option = "devices"
+    options: tuple[str, ...] = ("devices",)
 
     def run(self, tmp: t.Any = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         given = self._task.args
-        selectors = given.get(self.option)
-        if not has_query(selectors):
+        asking = [option for option in self.options if has_query(given.get(option))]
+        if not asking:
             return dict(super().run(tmp, task_vars))
         try:
             # Once without devices: a mistake in a selector is told before the host is asked anything.
-            answer_queries(self.option, selectors, [])
+            for option in asking:
+                answer_queries(option, given[option], [])
             survey = self._execute_module("iommufd.host.iommufd_info", module_args={}, task_vars=task_vars)
             if survey.get("failed") or survey.get("unreachable"):
                 return dict(survey)
-            answered = answer_queries(self.option, selectors, survey.get("devices") or [])
+            devices = survey.get("devices") or []
+            answered = {option: answer_queries(option, given[option], devices) for option in asking}
         except HostError as error:
             return {"failed": True, "msg": error.message, **error.details}
         # Put back afterwards: a task that is tried again shall ask the host again.
-        self._task.args = {**given, self.option: answered}
+        self._task.args = {**given, **answered}
         try:
             return dict(super().run(tmp, task_vars))
         finally:

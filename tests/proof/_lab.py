@@ -28,6 +28,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 HOST_STATE = CHECKOUT / "extensions/molecule/files/host_state.py"
 
+KEEP = bool(os.environ.get("KEEP"))
+
 Json = dict[str, t.Any]
 
 
@@ -93,7 +95,7 @@ class Report:
 
 
 class LabHost:
-    """One lab host, for the time of a ``with``."""
+    """One lab host, for the time of a ``with``; with KEEP=1 one that is there is used, and left."""
 
     def __init__(self, results: pathlib.Path, name: str, devices: t.Sequence[Json], **variables: t.Any) -> None:
         self.directory = results.resolve() / "lab"
@@ -109,7 +111,8 @@ class LabHost:
     def __enter__(self) -> LabHost:
         # So that a run that is ended from outside destroys its host as well.
         signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
-        self.lab("absent")
+        if not KEEP:
+            self.lab("absent")
         try:
             self.lab("started")
         except BaseException:
@@ -122,7 +125,8 @@ class LabHost:
         with contextlib.suppress(OSError):
             console = (self.directory / self.name / "serial.log").read_bytes()
             (self.inventory.parent / f"{self.name}-console.log").write_bytes(console)
-        self.lab("absent")
+        if not KEEP:
+            self.lab("absent")
 
     # -- power -----------------------------------------------------------------------------------------------------
 
@@ -186,10 +190,13 @@ class LabHost:
     def _ssh(self, command: str) -> list[str]:
         return [str(self.directory / self.name / "ssh"), command]
 
-    def ansible(self, module: str, options: Json, check_mode: bool = False) -> Json:
+    def ansible(
+        self, module: str, options: Json, check_mode: bool = False, variables: t.Mapping[str, str] | None = None
+    ) -> Json:
         """Run a module as a user does, by the ``ansible`` command; returns the module's result."""
         command = ["ansible", "-i", str(self.directory / "inventory.yml"), self.name, "-m", module, "-a"]
         command += [json.dumps(options), *(["--check", "--diff"] if check_mode else [])]
+        command += [word for item in (variables or {}).items() for word in ("-e", "=".join(item))]
         environment = dict(os.environ, ANSIBLE_NOCOLOR="1", ANSIBLE_CALLBACK_RESULT_FORMAT="json")
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900, env=environment, check=False

@@ -308,6 +308,13 @@ def found(**more: t.Any) -> dict[str, t.Any]:
     }
 
 
+def test_what_the_survey_knows_of_peer_to_peer_counts_for_its_qemu() -> None:
+    measured = {"works": True, "detail": "2 BARs were mapped", "qemu": "11.1.3"}
+    assert parse_facts(found(peer_to_peer=[measured])).peer_to_peer.works is True
+    assert parse_facts(found(peer_to_peer=[measured]), measured=False).peer_to_peer.works is False
+    assert parse_facts(found(peer_to_peer=[{**measured, "qemu": "10.0.2"}])).peer_to_peer.works is None
+
+
 def test_facts_of_a_survey() -> None:
     facts = parse_facts(found())
     assert (facts.architecture, facts.kernel, facts.iommufd, facts.cdev) == ("x86_64", "7.2.13", True, True)

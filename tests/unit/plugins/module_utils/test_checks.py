@@ -65,13 +65,14 @@ READY: dict[str, t.Any] = {
     },
     "security": {"apparmor": {"enabled": True, "libvirt_allows_iommu": False}, "selinux": None},
     "memlock": [],
+    "peer_to_peer": [{"works": True, "detail": "3 BARs were mapped", "qemu": "10.0.13"}],
 }
 
 # Nothing known, as for a tree that holds nothing.
 BLANK: dict[str, t.Any] = {
     "distribution": {"id": None, "family": "other"},
     "kernel": {"release": None, "config": None, "command_line": None, "arguments": None, "modules": None},
-    **dict.fromkeys(("iommu", "nodes", "groups", "devices", "guests", "qemu", "libvirt", "memlock")),
+    **dict.fromkeys(("iommu", "nodes", "groups", "devices", "guests", "qemu", "libvirt", "memlock", "peer_to_peer")),
     "security": {"apparmor": None, "selinux": None},
 }
 
@@ -106,6 +107,7 @@ def test_the_ids_are_stable() -> None:
         "group.viable",
         "kvm",
         "qemu.iommufd",
+        "qemu.peer_to_peer",
         "libvirt.iommufd",
         "libvirt.acl",
         "security.apparmor",
@@ -287,6 +289,15 @@ def test_qemu(values: dict[str, t.Any], expected: str) -> None:
 def test_a_qemu_that_nobody_could_ask() -> None:
     one = {**READY["qemu"][0], "iommufd": None, "version": None}
     assert status("qemu.iommufd", qemu=[one], live=False)[0] == "skip"
+
+
+def test_peer_to_peer_is_what_was_measured() -> None:
+    assert status("qemu.peer_to_peer", peer_to_peer=[])[0] == "skip"
+    lacking = {"works": False, "detail": "IOMMU_IOAS_MAP failed", "qemu": "10.0.13"}
+    verdict, detail, remedy = status("qemu.peer_to_peer", peer_to_peer=[*READY["peer_to_peer"], lacking])
+    assert verdict == "warn"
+    assert "QEMU 10.0.13: IOMMU_IOAS_MAP failed" in detail
+    assert "backend auto" in remedy
 
 
 def test_an_older_libvirt_needs_the_acl_and_apparmor() -> None:

@@ -10,9 +10,10 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _guest
+from ansible_collections.iommufd.host.plugins.module_utils import _guest, _guest_run, _initramfs
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request
+from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the guest is a PC so far")
@@ -178,6 +179,130 @@ def test_without_devices_there_is_no_guest_unless_they_are_still_to_come(ready_m
         _guest.prepare(ready_machine.host, Request(devices=(), pending=True))
 
 
+# -- the backend
+
+
+@pytest.fixture
+def capable(ready_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine on which a guest could be started; a QEMU cannot be asked in a tree."""
+    binary = Qemu(path="/usr/bin/qemu", target="/usr/bin/qemu", version="11.1.2", iommufd=True, passing=True)
+    monkeypatch.setattr(_guest, "read_qemu", lambda _host, _path: binary)
+    monkeypatch.setattr(_initramfs, "find_busybox", lambda _host, _wanted: "/bin/busybox")
+    ready_machine.file("/usr/bin/qemu-system-x86_64", "x")
+    ready_machine.at("/usr/bin/qemu-system-x86_64").chmod(0o755)
+    for group in (12, 13):
+        ready_machine.file(f"/sys/class/vfio/{group}/dev", f"236:{group}\n")
+    return ready_machine
+
+
+def prepared(machine: Machine, *devices: str, **options: t.Any) -> _guest.Ready:
+    return _guest.prepare(machine.host, Request(devices=devices or (NVME, NIC), **options))
+
+
+def test_several_devices_wait_for_a_measurement(capable: Machine) -> None:
+    ready = prepared(capable, backend="auto")
+    assert ready.decision is not None
+    assert ready.decision.backend == "legacy"
+    assert "it was not measured" in ready.decision.reason
+    # The first guest is the measurement.
+    assert set(ready.backends().values()) == {"iommufd"}
+    assert "on the backend that is chosen then" in ready.sentence()
+
+
+@pytest.mark.parametrize(("works", "backend"), [(True, "iommufd"), (False, "legacy")])
+def test_what_was_measured_decides(
+    capable: Machine, monkeypatch: pytest.MonkeyPatch, works: bool, backend: str
+) -> None:
+    measured = {"works": works, "detail": "seen", "kernel": RELEASE, "qemu": "11.1.2"}
+    monkeypatch.setattr(_guest._peer_to_peer, "read", lambda *_words: measured)
+    ready = prepared(capable, backend="auto")
+    assert ready.trial is None
+    assert set(ready.backends().values()) == {backend}
+    assert "seen" in (ready.decision.reason if ready.decision else "")
+    # A single device does without, unless others are to come.
+    assert prepared(capable, NVME, backend="auto").backends() == {NVME: "iommufd"}
+    assert prepared(capable, NVME, backend="auto", hot_plug=True).backends() == {NVME: backend}
+    assert prepared(capable, NVME, backend="auto", plugged=(NIC,)).backends() == {NVME: backend, NIC: backend}
+
+
+def test_without_iommufd_auto_is_legacy_and_says_why(capable: Machine) -> None:
+    capable.at("/sys/class/misc/iommu/dev").unlink()
+    ready = prepared(capable, NVME, backend="auto")
+    assert ready.backends() == {NVME: "legacy"}
+    assert "has no iommufd" in (ready.decision.reason if ready.decision else "")
+
+
+def test_a_device_can_say_what_it_wants(capable: Machine) -> None:
+    ready = prepared(capable, backends={NIC: "legacy"})
+    assert ready.backends() == {NVME: "iommufd", NIC: "legacy"}
+    assert ready.decision is not None
+    assert ready.decision.mixed
+
+
+def test_a_kernel_without_groups_has_no_legacy_container(capable: Machine) -> None:
+    capable.at("/sys/class/vfio/12/dev").unlink()
+    capable.at("/sys/class/vfio/12").rmdir()
+    with pytest.raises(OptionError, match=r"backend: 'legacy' is not accepted.*without vfio groups"):
+        prepared(capable, backend="legacy")
+
+
+def test_a_backend_that_is_still_to_be_chosen_is_checked_as_iommufd(capable: Machine) -> None:
+    ready = prepared(capable, backend="auto", pending=True)
+    assert ready.decision is None
+    assert "on the backend that is chosen then" in ready.sentence()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "with 0000:01:00.0, 0000:02:00.0 on one /dev/iommu descriptor, with QEMU as nobody"),
+        ({"launcher": "self"}, "on one /dev/iommu descriptor opened by QEMU itself, with QEMU as nobody"),
+        ({"objects": {NIC: "b"}}, "on 2 /dev/iommu descriptors"),
+        ({"backend": "legacy"}, "on the legacy container"),
+        ({"backends": {NIC: "legacy"}}, "on /dev/iommu and the legacy container"),
+        ({"devices": (NVME,), "plugged": (NIC,)}, ", 0000:02:00.0 plugged in while it runs"),
+    ],
+)
+def test_what_is_going_to_happen(capable: Machine, options: dict[str, t.Any], words: str) -> None:
+    ready = _guest.prepare(capable.host, Request(**{"devices": (NVME, NIC), **options}))
+    assert words in ready.sentence()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"launcher": "magic"}, "launcher: 'magic'.*direct, systemd, libvirt, self"),
+        ({"backend": "new"}, "backend: 'new'"),
+        ({"started_by": "libvirt"}, "started_by: 'libvirt'.*launcher: self"),
+        ({"plugged": (NVME,)}, "hot_plug: .*does not have from its start"),
+        ({"plugged": (NIC,), "launcher": "libvirt"}, "hot_plug: .*launcher: direct or systemd or self"),
+        ({"backends": {NIC: "legacy"}}, f"backends: '{NIC}'"),
+        ({"backends": {NVME: "auto"}}, "backends.*: 'auto'.*legacy, iommufd"),
+        ({"objects": {NVME: "1,x=y"}}, "iommufds.*begins with a letter"),
+        ({"objects": {NVME: "b"}, "launcher": "libvirt"}, "iommufds: .*launcher: libvirt"),
+        ({"expendable": (NIC,)}, f"expendable: '{NIC}'"),
+        ({"arp_target": "example.com"}, "arp_target: 'example.com'.*IPv4"),
+        ({"memlock": 0}, "memlock: 0"),
+        ({"memlock": 64, "launcher": "libvirt"}, "memlock: 64.*sets the limit itself"),
+    ],
+)
+def test_options_that_do_not_go_together(capable: Machine, options: dict[str, t.Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        _guest.prepare(capable.host, Request(**{"devices": (NVME,), **options}))
+
+
+# -- afterwards
+
+
+def test_a_configuration_space_that_came_back() -> None:
+    before = bytes(range(64))
+    status = before[:6] + b"\xff\xff" + before[8:]
+    assert _guest_run.compare_headers(before, before) == ""
+    assert _guest_run.compare_headers(before, status) == ""  # status bits come and go
+    assert "0x04" in _guest_run.compare_headers(before, before[:4] + b"\x06\x00" + before[6:])
+    assert "cannot be read" in _guest_run.compare_headers(before, None)
+
+
 @pytest.mark.parametrize(
     ("words", "meaning"),
     [
@@ -195,5 +320,5 @@ def test_without_devices_there_is_no_guest_unless_they_are_still_to_come(ready_m
     ],
 )
 def test_explanations(words: str, meaning: str | None) -> None:
-    found = _guest.explain(words)
+    found = _guest_run.explain(words)
     assert found == "" if meaning is None else meaning in found

@@ -238,7 +238,9 @@ def test_archive_holds_what_the_devices_need_and_no_more(host: Host) -> None:
     assert archive_file(made.data, "guest/devices") == (
         b"0000:00:02.0 disk\n0000:00:03.0 nothing\n0000:00:04.0 nothing\n"
     )
-    assert archive_file(made.data, "guest/settings") == b"settle=30\nread_blocks=16\n"
+    assert archive_file(made.data, "guest/wants") == archive_file(made.data, "guest/devices")
+    # Nothing is written and nothing sent unless it was asked for.
+    assert archive_file(made.data, "guest/settings") == (b"settle=30\nread_blocks=16\nexpendable=''\narp_target=''\n")
     assert archive_file(made.data, "guest/modules/nvme.ko") == b"\x7fELF module nvme"
 
 
@@ -247,6 +249,19 @@ def test_two_devices_of_one_driver_share_its_module(host: Host) -> None:
     made = _initramfs.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices)
     assert made.modules == ("e1000e",)
     assert made.firmware == dict.fromkeys(("0000:00:02.0", "0000:00:03.0"), ("intel/e1000e.bin",))
+
+
+def test_a_device_that_comes_later_has_its_driver_and_is_not_waited_for(host: Host) -> None:
+    devices = [
+        GuestDevice("0000:00:02.0", "0x00ff00", EDU),
+        GuestDevice("0000:01:00.0", "0x010802", NVME, plugged=True, expendable=True),
+    ]
+    made = _initramfs.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, arp_target="192.0.2.1")
+    assert made.modules == ("nvme_auth", "nvme_core", "nvme")
+    assert archive_file(made.data, "guest/devices") == b"0000:00:02.0 nothing\n"
+    assert archive_file(made.data, "guest/wants") == b"0000:00:02.0 nothing\n0000:01:00.0 disk\n"
+    settings = archive_file(made.data, "guest/settings").decode().splitlines()
+    assert settings[2:] == ["expendable=' 0000:01:00.0 '", "arp_target='192.0.2.1'"]
 
 
 def test_init_is_valid_shell() -> None:

@@ -6,23 +6,21 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
-
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_command
-from ansible_collections.iommufd.host.plugins.module_utils._qemu_command import Command
+from ansible_collections.iommufd.host.plugins.module_utils._qemu_command import Command, Port
 
 COMMAND = Command(
     binary="/usr/bin/qemu-system-x86_64",
     name="verify",
     memory=256,
     cpus=2,
-    kernel=30,
-    initramfs=31,
-    console=32,
-    report=33,
+    kernel="/proc/self/fd/30",
+    initramfs="/proc/self/fd/31",
+    console="socket,fd=32",
+    report="socket,fd=33",
+    accelerator="kvm",
     kvm=34,
-    iommufd=22,
-    devices=(23, 24, 25),
+    devices=("-object", "iommufd,id=iommufd0,fd=22", "-device", "vfio-pci,id=dev0,fd=23"),
 )
 
 
@@ -30,14 +28,8 @@ def values(arguments: list[str], option: str) -> list[str]:
     return [value for name, value in zip(arguments, arguments[1:]) if name == option]
 
 
-def test_one_object_and_every_device_on_it() -> None:
-    arguments = COMMAND.arguments()
-    assert values(arguments, "-object") == ["iommufd,id=iommufd0,fd=22"]
-    assert [value for value in values(arguments, "-device") if value.startswith("vfio-pci")] == [
-        "vfio-pci,id=dev0,bus=pcie.0,addr=0x2,rombar=0,iommufd=iommufd0,fd=23",
-        "vfio-pci,id=dev1,bus=pcie.0,addr=0x3,rombar=0,iommufd=iommufd0,fd=24",
-        "vfio-pci,id=dev2,bus=pcie.0,addr=0x4,rombar=0,iommufd=iommufd0,fd=25",
-    ]
+def test_the_devices_come_last_as_they_are() -> None:
+    assert COMMAND.arguments()[-4:] == list(COMMAND.devices)
 
 
 def test_no_node_is_named() -> None:
@@ -66,19 +58,35 @@ def test_kvm_comes_as_a_descriptor() -> None:
     assert values(arguments, "-cpu") == ["host"]
 
 
+def test_a_qemu_that_opens_kvm_itself() -> None:
+    arguments = dataclasses.replace(COMMAND, kvm=None).arguments()
+    assert values(arguments, "-add-fd") == []
+    assert values(arguments, "-accel") == ["kvm"]
+
+
 def test_without_kvm() -> None:
-    command = dataclasses.replace(COMMAND, kvm=None)
-    arguments = command.arguments()
+    arguments = dataclasses.replace(COMMAND, accelerator="tcg", kvm=None).arguments()
     assert values(arguments, "-add-fd") == []
     assert values(arguments, "-accel")[0].startswith("tcg")
     assert values(arguments, "-cpu") == ["max"]
-    assert 34 not in command.descriptors
 
 
-@pytest.mark.parametrize("descriptor", [22, 23, 24, 25, 30, 31, 32, 33, 34])
-def test_every_descriptor_named_is_inherited(descriptor: int) -> None:
-    assert descriptor in COMMAND.descriptors
-    assert any(str(descriptor) in word for word in COMMAND.arguments())
+def test_serial_ports_and_monitor_are_chardevs() -> None:
+    monitored = dataclasses.replace(COMMAND, monitor="socket,path=/run/x,server=on,wait=on").arguments()
+    assert values(COMMAND.arguments(), "-chardev") == ["socket,id=console,fd=32", "socket,id=report,fd=33"]
+    assert values(COMMAND.arguments(), "-qmp") == []
+    assert values(monitored, "-chardev")[-1] == "socket,id=monitor,path=/run/x,server=on,wait=on"
+    assert values(monitored, "-qmp") == ["chardev:monitor"]
+
+
+def test_ports_for_what_is_plugged_in_later() -> None:
+    ports = (Port(1, 0), Port(2, 1, 32 << 20, 1 << 34))
+    arguments = dataclasses.replace(COMMAND, ports=ports).arguments()
+    assert [one for one in values(arguments, "-device") if one.startswith("pcie-root-port")] == [
+        "pcie-root-port,id=port0,bus=pcie.0,addr=0x3,chassis=1,slot=1",
+        "pcie-root-port,id=port1,bus=pcie.0,addr=0x4,chassis=2,slot=2,mem-reserve=33554432,pref64-reserve=17179869184",
+    ]
+    assert [port.guest_address for port in ports] == ["0000:01:00.0", "0000:02:00.0"]
 
 
 def test_the_guest_ends_instead_of_hanging() -> None:
