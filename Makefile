@@ -77,6 +77,10 @@ lint: ready ## Style, YAML, Ansible, documentation, changelog and licence checks
 	  'antsibull-docs lint-collection-docs --plugin-docs --validate-collection-refs all .'
 	@reuse lint --quiet || { reuse lint; exit 1; }
 
+.PHONY: docs
+docs: ready ## The documentation site in build/docs/html; a warning is an error
+	@tests/tools/docs
+
 .PHONY: format
 format: ready ## Format the Python code
 	@ruff check --fix-only --quiet . && ruff format .
