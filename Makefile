@@ -61,21 +61,33 @@ peers: ## What unit tests compare with or run, where it is there: libvirt's and 
 unit: ready ## Unit tests
 	@python -m pytest -q -n 2 --basetemp=build/pytest tests/unit
 
+.PHONY: test-one
+test-one: ready ## One test file, directory or name (TEST=...), in seconds
+	@python -m pytest -q --basetemp=build/pytest-one $(TEST)
+
 .PHONY: typing
 typing: ready ## Type checks
 	@mypy --cache-dir build/mypy --config-file pyproject.toml \
 	  $$(cd build/collections && find -L ansible_collections/iommufd/host/plugins -name '*.py' -printf 'build/collections/%p ')
 
 .PHONY: lint
-lint: ready ## Style, YAML, Ansible, documentation, changelog and licence checks
-	@ruff check .
-	@ruff format --check .
+lint: lint-code ## Style, spelling, YAML, Ansible, documentation, changelog and licence checks
+	@codespell
 	@yamllint --strict .
 	@tests/tools/in-copy \
 	  'ansible-lint --offline --strict' \
 	  'antsibull-changelog lint' \
 	  'antsibull-docs lint-collection-docs --plugin-docs --validate-collection-refs all .'
 	@reuse lint --quiet || { reuse lint; exit 1; }
+
+.PHONY: docs
+docs: ready ## The documentation site in build/docs/html; a warning is an error
+	@tests/tools/docs
+
+.PHONY: lint-code
+lint-code: ready ## Style of the Python code
+	@ruff check .
+	@ruff format --check .
 
 .PHONY: format
 format: ready ## Format the Python code
@@ -88,6 +100,10 @@ sanity: ready ## ansible-test sanity
 .PHONY: importer
 importer: ready ## Build the collection and let the Galaxy importer judge it
 	@tests/tools/importer
+
+.PHONY: tarball
+tarball: ready ## Build the collection, install it away from the checkout, and run it there
+	@tests/tools/tarball
 
 .PHONY: page
 page: ready ## The audit playbook, and its page in Chromium; figures in build/page.json

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import pathlib
-import re
 import typing as t
 
 import yaml
@@ -15,8 +13,6 @@ import yaml
 from ansible_collections.iommufd.host.plugins.module_utils import _selectors
 from ansible_collections.iommufd.host.plugins.modules import guest_verify, vfio_bind
 from ansible_collections.iommufd.host.plugins.plugin_utils._query import compile_query
-
-CHECKOUT = pathlib.Path(__file__).parents[4]
 
 
 def understood(devices: t.Any) -> None:
@@ -35,21 +31,3 @@ def test_the_examples_are_understood() -> None:
         for task in yaml.safe_load(module.EXAMPLES):
             if f"iommufd.host.{name}" in task:
                 understood(task[f"iommufd.host.{name}"]["devices"])
-
-
-def test_the_lists_in_the_texts_for_people_are_understood() -> None:
-    for path in ("README.md", "roles/devices/README.md"):
-        blocks = re.findall(r"```yaml\n(.*?)```", (CHECKOUT / path).read_text(), re.DOTALL)
-        lists = [found for block in blocks for found in _lists(yaml.safe_load(block))]
-        assert lists, path
-        for one in lists:
-            understood(one)
-
-
-def _lists(node: t.Any) -> t.Iterator[t.Any]:
-    """Every devices_list in a piece of YAML."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if key == "devices_list":
-            yield value
-        else:
-            yield from _lists(value)
