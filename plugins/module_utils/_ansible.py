@@ -15,13 +15,14 @@ import types
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
 from ansible_collections.iommufd.host.plugins.module_utils._outcome import Outcome
 
 # The modules import it from here, beside what runs them.
-__all__ = ["Outcome", "Task", "Work", "open_location", "run_module", "run_task"]
+__all__ = ["Outcome", "Task", "Work", "normalize", "open_location", "run_module", "run_task"]
 
 Work = t.Callable[[AnsibleModule], Outcome]
 Task = t.Callable[[t.Mapping[str, t.Any], bool], Outcome]
@@ -37,6 +38,19 @@ def open_location(url: str, timeout: float) -> t.Any:
     from ansible.module_utils.urls import open_url
 
     return open_url(url, timeout=timeout, decompress=False)
+
+
+def normalize(module: str, spec: dict[str, dict[str, t.Any]], options: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Options of a module that is called from within another one, checked and complete as Ansible would make them.
+
+    Raises:
+        HostError: they are not acceptable.
+    """
+    checked = ArgumentSpecValidator(spec).validate(options)
+    if checked.error_messages:
+        raise HostError(f"{module}: {'; '.join(checked.error_messages)}")
+    found: dict[str, t.Any] = checked.validated_parameters
+    return found
 
 
 def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> None:

@@ -42,7 +42,7 @@ _MEMLOCK_MARGIN = 64 * MIB
 # What QEMU itself needs beside the guest's memory (Debian's binary with its libraries; with TCG its translation cache).
 _QEMU_MEMORY = {"kvm": 96, "tcg": 224}
 
-_BINARIES = (
+BINARIES = (
     "/opt/iommufd-host/qemu/current/bin/qemu-system-x86_64",
     "qemu-system-x86_64",
     "/usr/libexec/qemu-kvm",
@@ -244,7 +244,7 @@ def holders(host: Host, nodes: t.Sequence[str]) -> dict[str, str]:
 
 def _check_programs(host: Host, ready: Ready) -> None:
     request = ready.request
-    binaries = (request.qemu,) if request.qemu else _BINARIES
+    binaries = (request.qemu,) if request.qemu else BINARIES
     path = next((found for found in map(host.which, binaries) if found), None)
     if request.qemu_pending:
         ready.qemu = path or binaries[0]
