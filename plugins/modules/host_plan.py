@@ -424,6 +424,8 @@ def work(module: AnsibleModule) -> Outcome:
 
 def _plan(host: Host, planner: _site.Planner, params: Json) -> Json:
     wanted = {role: params[role] for role in _site.ROLES}
+    if wanted["verify"] is not None:  # when to verify is no property of the host
+        wanted["verify"] = {name: value for name, value in wanted["verify"].items() if name not in ("when", "max_age")}
     record = _records.read_record(host, _records.APPLIED)
     back = _look_back(host, planner, record) if params["look_back"] else {}
     roles: dict[str, _site.Part] = {}
@@ -447,8 +449,8 @@ def _plan(host: Host, planner: _site.Planner, params: Json) -> Json:
             probed = tried and _site.probe_access(planner, wanted["access"], roles["access"], devices is not None)
             roles["access"].result["probed"] = probed
     with _site.blaming("verify"):
-        if wanted["verify"] is not None and wanted["verify"]["enabled"]:
-            roles["verify"] = _plan_guest(host, planner, wanted, record, converged, pending or _changed(devices))
+        if params["verify"] is not None and params["verify"]["enabled"]:
+            roles["verify"] = _plan_guest(host, planner, params, record, converged, pending or _changed(devices))
     return {
         "converged": converged,
         "recorded": record.get("wanted") == wanted,
@@ -463,15 +465,15 @@ def _changed(part: _site.Part | None) -> bool:
 
 
 def _plan_guest(
-    host: Host, planner: _site.Planner, wanted: Json, record: Json, converged: bool, pending: bool
+    host: Host, planner: _site.Planner, params: Json, record: Json, converged: bool, pending: bool
 ) -> _site.Part:
-    options = wanted["verify"]
+    options = params["verify"]
     needed, reason = True, "something is to be changed before it"
     if converged:
         needed, reason = judge_guest(host, options, record.get("verified"), time.time())
     would = None
     if needed:
-        asked = {**options, "pending": pending, "qemu_pending": bool(wanted["qemu"].get("source"))}
+        asked = {**options, "pending": pending, "qemu_pending": bool(params["qemu"].get("source"))}
         would = planner("guest_verify", asked)["would"]
     return _site.Part(result={"needed": needed, "reason": reason, "would": would})
 
