@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import re
-import tempfile
 import time
 import typing as t
 
-import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
@@ -26,8 +23,8 @@ from ansible_collections.iommufd.host.plugins.plugin_utils._audit_junit import t
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_page import to_page
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import Report, build_report, to_json
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_table import summary_line, to_table
+from ansible_collections.iommufd.host.plugins.plugin_utils._reports import collection_version, write_file
 
-_COLLECTION = pathlib.Path(__file__).parents[2]
 _NO_TIME = '"generated": ""'
 
 
@@ -50,7 +47,7 @@ class ActionModule(ActionBase):
         report = build_report(
             _results((task_vars or {})["hostvars"], options["hosts"], options["variable"]),
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            _version(),
+            collection_version(),
         )
         findings = "".join(to_json({**report, "generated": ""}))
         files: dict[str, t.Iterable[str]] = {
@@ -64,7 +61,7 @@ class ActionModule(ActionBase):
             if not self._task.check_mode:
                 os.makedirs(directory, exist_ok=True)
                 for name, pieces in files.items():
-                    _write(os.path.join(directory, name), pieces)
+                    write_file(os.path.join(directory, name), pieces)
         except OSError as error:
             # Ansible would show the cause once more, in its own words.
             raise AnsibleActionFail(f"path: {directory!r} cannot be written: {error.strerror}.") from None
@@ -88,18 +85,6 @@ def _results(hostvars: t.Any, hosts: t.Sequence[str], variable: str) -> dict[str
     return {name: hostvars.raw_get(name).get(variable) for name in hosts}
 
 
-def _version() -> str | None:
-    """The version of this collection: installed, or in its checkout."""
-    try:
-        return str(json.loads((_COLLECTION / "MANIFEST.json").read_text("utf-8"))["collection_info"]["version"])
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        return str(yaml.safe_load((_COLLECTION / "galaxy.yml").read_text("utf-8"))["version"])
-    except (OSError, yaml.YAMLError, KeyError):
-        return None
-
-
 def _findings(path: str) -> str | None:
     """A report as it lies there, without its time; None where there is none.
 
@@ -121,21 +106,3 @@ def _old_table(findings: str | None, limit: int) -> str:
         return "\n".join(to_table(old, limit)) + "\n"
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""
-
-
-def _write(path: str, pieces: t.Iterable[str]) -> None:
-    """Write a file whole or not at all, with the mode that the umask leaves."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            for piece in pieces:
-                file.write(piece)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

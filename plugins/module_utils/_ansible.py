@@ -10,36 +10,22 @@ does the rest: errors become ``fail_json``, signals undo, plans are shown or app
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import types
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
+from ansible_collections.iommufd.host.plugins.module_utils._outcome import Outcome
 
-
-@dataclasses.dataclass
-class Outcome:
-    """What a module's function returns.
-
-    Attributes:
-        plan: what is to be done; None for a module that only reads.
-        result: the module's own return values, as they are before the plan is applied.
-        after: called once the plan has been applied (or when there was nothing to do), not in check mode: verifies
-            the host against what was promised and returns values that replace those in ``result``.
-    """
-
-    plan: Plan | None = None
-    result: dict[str, t.Any] = dataclasses.field(default_factory=dict)
-    after: t.Callable[[], dict[str, t.Any]] | None = None
-    warnings: list[str] = dataclasses.field(default_factory=list)
-
+# The modules import it from here, beside what runs them.
+__all__ = ["Outcome", "Task", "Work", "normalize", "open_location", "run_module", "run_task"]
 
 Work = t.Callable[[AnsibleModule], Outcome]
+Task = t.Callable[[t.Mapping[str, t.Any], bool], Outcome]
 
 
 def open_location(url: str, timeout: float) -> t.Any:
@@ -52,6 +38,19 @@ def open_location(url: str, timeout: float) -> t.Any:
     from ansible.module_utils.urls import open_url
 
     return open_url(url, timeout=timeout, decompress=False)
+
+
+def normalize(module: str, spec: dict[str, dict[str, t.Any]], options: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Options of a module that is called from within another one, checked and complete as Ansible would make them.
+
+    Raises:
+        HostError: they are not acceptable.
+    """
+    checked = ArgumentSpecValidator(spec).validate(options)
+    if checked.error_messages:
+        raise HostError(f"{module}: {'; '.join(checked.error_messages)}")
+    found: dict[str, t.Any] = checked.validated_parameters
+    return found
 
 
 def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> None:
@@ -73,6 +72,11 @@ def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> None:
     except HostError as error:
         module.fail_json(msg=error.message, **error.details)
     module.exit_json(**result)
+
+
+def run_task(module: AnsibleModule, task: Task, lock: bool = True) -> None:
+    """Run what needs no more of a module than its options and whether this is check mode."""
+    run_module(module, lambda running: task(running.params, running.check_mode), lock)
 
 
 def _interrupted(number: int, frame: types.FrameType | None) -> t.NoReturn:

@@ -60,7 +60,7 @@ PLUGGING = ("direct", "systemd", "self")
 # What QEMU itself needs beside the guest's memory (Debian's binary with its libraries; with TCG its translation cache).
 _QEMU_MEMORY = {"kvm": 96, "tcg": 224}
 
-_BINARIES = (
+BINARIES = (
     "/opt/iommufd-host/qemu/current/bin/qemu-system-x86_64",
     "qemu-system-x86_64",
     "/usr/libexec/qemu-kvm",
@@ -457,7 +457,7 @@ def _check_launcher(host: Host, ready: Ready, backends: t.Mapping[str, str]) -> 
 def _check_programs(host: Host, ready: Ready) -> Qemu | None:
     request = ready.request
     found: Qemu | None = None
-    binaries = (request.qemu,) if request.qemu else _BINARIES
+    binaries = (request.qemu,) if request.qemu else BINARIES
     path = next((one for one in map(host.which, binaries) if one), None)
     if request.qemu_pending:
         ready.qemu = path or binaries[0]

@@ -175,75 +175,14 @@ places:
   sample: []
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.iommufd.host.plugins.module_utils import _access, _probe
-from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._memlock import parse_size
-from ansible_collections.iommufd.host.plugins.module_utils._pci import parse_address
-from ansible_collections.iommufd.host.plugins.module_utils._systemd_unit import parse_unit
-
-ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
-    "mode": {"type": "str", "choices": ["launcher", "group"], "required": True},
-    "manager": {"type": "str", "choices": ["libvirt", "systemd", "none"], "required": True},
-    "units": {"type": "list", "elements": "str", "default": []},
-    "user": {"type": "str"},
-    "devices": {"type": "list", "elements": "str"},
-    "memory": {"type": "str"},
-    "apparmor_profile": {"type": "str"},
-    "fail": {"type": "bool", "default": True},
-    "timeout": {"type": "int", "default": 60},
-}
-
-
-def find_places(host: Host, params: t.Mapping[str, t.Any]) -> list[_probe.Place]:
-    """The places that are asked about.
-
-    Raises:
-        OptionError: one that is needed is missing, or names what is not there.
-        HostError: libvirt or a unit is not there.
-    """
-    launcher, user, profile = params["mode"] == "launcher", params["user"], params["apparmor_profile"]
-    if params["manager"] == "libvirt":
-        libvirt = _access.read_libvirt(host, _access.DEFAULT_PATH)
-        return [_probe.libvirt_place(host, libvirt, launcher, user, profile)]
-    if params["manager"] == "systemd":
-        if not params["units"]:
-            raise OptionError("units", params["units"], "at least one service, such as guest@.service")
-        units = [parse_unit(f"units[{index}]", name) for index, name in enumerate(params["units"])]
-        return [_probe.unit_place(host, unit, launcher, user, profile) for unit in units]
-    if not user:
-        raise OptionError("user", user, "the user who starts QEMU", "manager: none needs it")
-    return [_probe.user_place(host, user, launcher, profile)]
-
-
-def work(module: AnsibleModule) -> Outcome:
-    params = module.params
-    host = Host()
-    if not 5 <= params["timeout"] <= 3600:
-        raise OptionError("timeout", params["timeout"], "seconds, from 5 to 3600")
-    pin = None if params["memory"] is None else parse_size("memory", params["memory"])
-    given = params["devices"]
-    addresses = None if given is None else [parse_address(f"devices[{index}]", one) for index, one in enumerate(given)]
-    targets = _probe.find_targets(host, addresses)
-    places = [_probe.probe(host, place, targets, pin, params["timeout"]) for place in find_places(host, params)]
-    broken = next(({"place": place["place"], **place["broken"]} for place in places if place["broken"]), None)
-    if broken is not None and params["fail"]:
-        raise HostError(
-            f"{broken['place']}: the link {broken['link']} is broken. {broken['detail']} Remedy: {broken['remedy']}",
-            broken=broken,
-            places=places,
-        )
-    return Outcome(None, {"ok": broken is None, "broken": broken, "places": places})
+from ansible_collections.iommufd.host.plugins.module_utils import _task_access_probe as task
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import run_task
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
-    run_module(module, work)
+    run_task(AnsibleModule(argument_spec=task.ARGUMENT_SPEC, supports_check_mode=True), task.work)
 
 
 if __name__ == "__main__":

@@ -178,72 +178,14 @@ plan:
     - build and install iommufd and vfio for kernel 6.12.117+deb13-amd64 with DKMS
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.iommufd.host.plugins.module_utils import _dkms
-from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-
-ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
-    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-    "install_packages": {"type": "bool", "default": True},
-    "source": {"type": "path"},
-}
-
-
-def work(module: AnsibleModule) -> Outcome:
-    host = Host()
-    present = module.params["state"] == "present"
-    if present:
-        wanted = _dkms.Wanted(module.params["install_packages"], module.params["source"], module.check_mode)
-        planned = _dkms.plan_present(host, wanted)
-    else:
-        planned = _dkms.plan_absent(host)
-    return Outcome(
-        plan=planned.plan,
-        result=_result(host, planned),
-        after=lambda: _verify(host, planned, present),
-        warnings=planned.warnings,
-    )
-
-
-def _result(host: Host, planned: _dkms.Planned) -> dict[str, t.Any]:
-    running = next((kernel for kernel in planned.kernels if kernel.running), None)
-    secure_boot = _dkms.read_secure_boot(host)
-    return {
-        "needed": running is not None and running.ours,
-        "reason": running.reason if running is not None else "the running kernel has no modules installed",
-        "kernels": [kernel.to_dict() for kernel in planned.kernels],
-        "source": planned.source,
-        "packages_installed": planned.installs,
-        "packages_purged": planned.purges,
-        "packages_kept": planned.kept,
-        "secure_boot": {
-            "enabled": secure_boot.enabled,
-            "certificate": secure_boot.certificate,
-            "enrolled": secure_boot.enrolled,
-        },
-        "reboot_required": bool(planned.reboot_reasons),
-        "reboot_reasons": planned.reboot_reasons,
-    }
-
-
-def _verify(host: Host, planned: _dkms.Planned, present: bool) -> dict[str, t.Any]:
-    if planned.plan.changed:
-        _dkms.look_again(host, planned)
-    for kernel in planned.kernels:
-        if present and kernel.state in ("missing", "partial") and (kernel.running or kernel.newest):
-            raise HostError(f"Kernel {kernel.release} still has no iommufd: {kernel.reason}.")
-        if not present and kernel.state in ("dkms", "partial"):
-            raise HostError(f"Kernel {kernel.release} still has modules of ours: {kernel.reason}.")
-    return _result(host, planned)
+from ansible_collections.iommufd.host.plugins.module_utils import _task_iommufd_dkms as task
+from ansible_collections.iommufd.host.plugins.module_utils._ansible import run_task
 
 
 def main() -> None:
-    run_module(AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True), work)
+    run_task(AnsibleModule(argument_spec=task.ARGUMENT_SPEC, supports_check_mode=True), task.work)
 
 
 if __name__ == "__main__":

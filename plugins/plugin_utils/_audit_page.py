@@ -82,12 +82,13 @@ _PLATFORM = ("05", "06", "08", "11")
 _SMBUS = "0c05"
 
 
-def to_page(report: Report, title: str = "IOMMUFD audit") -> t.Iterator[str]:
+def to_page(report: Report, title: str = "IOMMUFD audit", lead: str = "") -> t.Iterator[str]:
     """The page in pieces.
 
     Args:
         report: see :mod:`_audit_report`.
         title: its heading.
+        lead: HTML of a section of its own before the fleet.
     """
     style, script = (_ASSETS / "page.css").read_text("utf-8"), (_ASSETS / "page.js").read_text("utf-8")
     policy = (
@@ -107,7 +108,7 @@ def to_page(report: Report, title: str = "IOMMUFD audit") -> t.Iterator[str]:
         f"<title>{_escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
     )
     totals = {state: sum(one["states"][state] for one in data) for state in _COUNTED}
-    yield _top(report, title, totals)
+    yield _top(report, title, totals, lead)
     yield _matrix(hosts, columns, [one["states"] for one in data])
     yield '<section id="host" hidden aria-live="polite"></section>\n</main>\n'
     yield _bottom(report)
@@ -257,7 +258,7 @@ def _columns(hosts: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, list[str]]:
     return columns
 
 
-def _top(report: Report, title: str, functions: t.Mapping[str, int]) -> str:
+def _top(report: Report, title: str, functions: t.Mapping[str, int], lead: str) -> str:
     counts = report["summary"]
     version = report["collection_version"]
     tiles = [
@@ -282,6 +283,7 @@ def _top(report: Report, title: str, functions: t.Mapping[str, int]) -> str:
         '<div class="tools"><a href="report.json">report.json</a><a href="junit.xml">junit.xml</a>'
         '<button type="button" id="theme" aria-label="Light or dark">◐</button></div></header>\n'
         '<main aria-busy="true">\n'
+        f"{lead}"
         '<section id="fleet" aria-label="Fleet">\n<div class="overview"><div class="verdicts">'
         f'<div class="tiles" role="group" aria-label="Show hosts by verdict">{"".join(tiles)}</div>'
         '<div class="shares"><span>Hosts</span>'

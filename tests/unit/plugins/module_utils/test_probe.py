@@ -19,11 +19,11 @@ import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _access, _probe, _probe_child
 from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl as acl
+from ansible_collections.iommufd.host.plugins.module_utils import _task_access_probe as access_probe
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import Node
 from ansible_collections.iommufd.host.plugins.module_utils._probe import Actor, Place, Target, Trial
-from ansible_collections.iommufd.host.plugins.modules import access_probe
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 QEMU = Actor("libvirt-qemu", 64055, 993, (993, 64055))

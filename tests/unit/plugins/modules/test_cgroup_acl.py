@@ -11,9 +11,10 @@ import typing as t
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils import _task_cgroup_acl as cgroup_acl
+from ansible_collections.iommufd.host.plugins.module_utils import _task_udev_access as udev_access
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.modules import cgroup_acl, udev_access
 
 
 def test_devices_keep_their_order_and_an_address_becomes_its_stable_name() -> None:

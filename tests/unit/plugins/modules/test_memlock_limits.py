@@ -10,8 +10,8 @@ import typing as t
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils import _task_memlock_limits as memlock_limits
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
-from ansible_collections.iommufd.host.plugins.modules import memlock_limits
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 

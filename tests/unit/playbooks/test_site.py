@@ -1,0 +1,89 @@
+# Copyright (c) 2026, the iommufd.host authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""site.yml on hosts whose modules only write down that they were called: which round trips there are, and when."""
+
+from __future__ import annotations
+
+import pathlib
+import typing as t
+
+import pytest
+
+from ansible_collections.iommufd.host.tests.unit.fake import Fleet, plan_answer
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, t.Any]]]:
+    """The calls on hosts in several states, of one run."""
+    fleet = Fleet(tmp_path_factory.mktemp("site"))
+    states = {
+        "converged": plan_answer(),
+        "unneeded": plan_answer(needed=False),
+        "unrecorded": plan_answer(recorded=False),
+        "kernel": plan_answer("kernel"),
+        "devices": plan_answer("devices"),
+        "access": plan_answer("access"),
+    }
+    for name, plan in states.items():
+        fleet.host(name, {"answers": {"host_plan": plan}})
+    fleet.host("refused", {"fail": {"host_plan": "0000:01:00.0 is in use: nvme0n1 is mounted on /"}})
+    done = fleet.run("iommufd.host.site", "--forks", "2")
+    assert done.returncode == 2
+    assert "0000:01:00.0 is in use" in done.stdout
+    assert "no guest booted (verify_when: changed): as before" in done.stdout
+    return {name: fleet.calls(name) for name in [*states, "refused"]}
+
+
+def names(calls: list[dict[str, t.Any]]) -> list[str]:
+    return [call["module"] for call in calls]
+
+
+def test_a_converged_host_costs_its_plan_and_a_guest(runs: dict[str, list[dict[str, t.Any]]]) -> None:
+    assert names(runs["converged"]) == ["host_plan", "guest_verify"]
+
+
+def test_or_its_plan_alone(runs: dict[str, list[dict[str, t.Any]]]) -> None:
+    assert names(runs["unneeded"]) == ["host_plan"]
+
+
+def test_what_was_asked_for_is_noted_once(runs: dict[str, list[dict[str, t.Any]]]) -> None:
+    assert names(runs["unrecorded"]) == ["host_plan", "guest_verify", "host_record"]
+    assert runs["unrecorded"][-1]["options"]["wanted"] == plan_answer()["wanted"]
+
+
+def test_nothing_is_called_twice_on_a_host_with_everything_to_do(runs: dict[str, list[dict[str, t.Any]]]) -> None:
+    made = names(runs["kernel"])
+    assert made[:4] == ["host_plan", "iommufd_dkms", "kernel_args", "kernel_modules"]
+    assert made[4] == "vfio_bind"
+    assert made[-2:] == ["memlock_limits", "guest_verify"]
+
+
+def test_roles_before_the_first_that_has_something_to_do_are_not_run(
+    runs: dict[str, list[dict[str, t.Any]]],
+) -> None:
+    assert names(runs["devices"])[:2] == ["host_plan", "vfio_bind"]
+    assert "udev_access" in names(runs["devices"])
+    assert names(runs["access"])[1] == "cgroup_acl"
+    assert not {"vfio_bind", "kernel_args"} & set(names(runs["access"]))
+
+
+def test_what_is_refused_is_refused_untouched(runs: dict[str, list[dict[str, t.Any]]]) -> None:
+    assert names(runs["refused"]) == ["host_plan"]
+
+
+def test_tags_run_the_roles_they_name(tmp_path: pathlib.Path) -> None:
+    fleet = Fleet(tmp_path)
+    fleet.host("h0", {})
+    assert fleet.run("iommufd.host.site", "--tags", "devices").returncode == 0
+    assert fleet.called("h0") == ["vfio_bind"]
+
+
+def test_the_user_who_names_addresses_is_heard(tmp_path: pathlib.Path) -> None:
+    fleet = Fleet(tmp_path)
+    fleet.host("theirs", {"answers": {"host_plan": plan_answer()}}, access_addresses=["0000:09:00.0"])
+    fleet.host("ours", {"answers": {"host_plan": plan_answer()}}, devices_list=["0000:01:00.0"])
+    assert fleet.run("iommufd.host.site").returncode == 0
+    assert fleet.calls("theirs")[0]["options"]["access"]["addresses"] == ["0000:09:00.0"]
+    assert "addresses" not in fleet.calls("ours")[0]["options"]["access"]
