@@ -44,6 +44,8 @@ _SIGNAL_SECONDS = 2.0
 # goes from us to the child and back, and each time would wait for its turn behind them.
 _NICE = -10
 
+# A line about vfio's nodes other than /dev/vfio/vfio, which is there at any time and has a rule on every Debian.
+_NODE_RULE = re.compile(r'^(?!.*KERNEL=="vfio(?:/vfio)?")[ \t]*[^#\s].*vfio', re.MULTILINE)
 _RULES = ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/local/lib/udev/rules.d", "/usr/lib/udev/rules.d")
 
 
@@ -127,7 +129,7 @@ def nodes_are_udevs(host: Host) -> bool:
     for directory in directories:
         for name in host.listdir(directory):
             text = host.read_text(f"{directory}/{name}") if name.endswith(".rules") else None
-            if text is not None and re.search(r"^\s*[^#\s].*vfio", text, re.MULTILINE):
+            if text is not None and _NODE_RULE.search(text) is not None:
                 return True
     return False
 

@@ -162,6 +162,17 @@ class LabHost:
         self._hang_up()
         self.await_boot(before)
 
+    def _is_on(self) -> bool:
+        try:
+            os.kill(int((self.directory / self.name / "qemu.pid").read_text()), 0)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _last_words(self) -> str:
+        lines = (self.directory / self.name / "qemu.stderr").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
     def reboot(self) -> None:
         """Shut down and boot in an orderly way, from within."""
         before = self.boot_id()
@@ -172,9 +183,18 @@ class LabHost:
         self.await_boot(before)
 
     def await_boot(self, before: str, timeout: float = 600) -> None:
-        """Wait until ssh answers in another boot than the one whose boot id is given."""
+        """Wait until ssh answers in another boot than the one whose boot id is given.
+
+        QEMU 10.0 sometimes ends by itself while the firmware or the kernel lays out the PCI devices after a reset
+        (iotlb_to_section: Assertion `section_index < d->map.sections_nb' failed). That is a power cut more, and the
+        host is turned on again.
+        """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
+            if not self._is_on():
+                print(f"     the emulator has ended: {self._last_words()}; {self.name} is turned on again", flush=True)
+                self.lab("started")
+                deadline = time.monotonic() + timeout
             with contextlib.suppress(subprocess.TimeoutExpired):
                 command = self._ssh("cat /proc/sys/kernel/random/boot_id")
                 done = subprocess.run(

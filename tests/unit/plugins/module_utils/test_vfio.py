@@ -245,6 +245,8 @@ def test_udev_is_waited_for_only_when_it_is_busy(machine: Machine) -> None:
         ("/usr/lib/udev/rules.d/50-x.rules", 'A=="b"\n  KERNEL=="vfio[0-9]*", SYMLINK+="x"\n', True),
         ("/lib/udev/rules.d/50-x.rules", 'SUBSYSTEM=="vfio-dev", MODE="0660"\n', True),
         ("/usr/lib/udev/rules.d/50-x.rules", '# vfio has none\nSUBSYSTEM=="net", NAME="x"\n', False),
+        ("/usr/lib/udev/rules.d/50-x.rules", '\nKERNEL=="vfio", OPTIONS+="static_node=vfio/vfio"\n', False),
+        ("/usr/lib/udev/rules.d/50-x.rules", 'KERNEL=="vfio*", OPTIONS+="static_node=vfio/vfio"\n', True),
         ("/usr/lib/udev/rules.d/50-x.rules.old", 'SUBSYSTEM=="vfio", GROUP="kvm"\n', False),
         ("/sys/fs/selinux/enforce", "0", True),
     ],
