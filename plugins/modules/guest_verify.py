@@ -323,6 +323,11 @@ evidence:
     qemu:
       description: Path, version and last words of QEMU.
       type: dict
+    unsafe_interrupts:
+      description:
+        - Whether the host gives away devices whose interrupts are not isolated (C(allow_unsafe_interrupts)), which is a
+          security hole.
+      type: bool
     accelerator:
       description: V(kvm) or V(tcg).
       type: str
@@ -364,6 +369,11 @@ def work(module: AnsibleModule) -> Outcome:
             # A guest without a disk, a cable or a driver for its devices is nothing to be warned of.
             if item["status"] == "skip" and item["id"] not in ("dma", "drivers", "link"):
                 module.warn(f"Not seen, {item['id']}: {item['detail']}.")
+        if found["evidence"]["unsafe_interrupts"]:
+            module.warn(
+                "This host gives away devices whose interrupts are not isolated (allow_unsafe_interrupts): a guest can "
+                "forge interrupts of the host."
+            )
         return found
 
     return Outcome(after=after)

@@ -308,6 +308,11 @@ def test_a_configuration_space_that_came_back() -> None:
     [
         # Said by QEMU 10.0 on Linux 6.12.
         ("vfio VFIO_FD4: error bind device fd=4 to iommufd=3: Operation not permitted", "isolate interrupts"),
+        (
+            "vfio 0000:01:00.0: failed to setup container for group 9: Failed to set iommu for container: "
+            "Operation not permitted",
+            "isolate interrupts",
+        ),
         ("vfio VFIO_FD4: error bind device fd=4 to iommufd=3: Device or resource busy", "Another process"),
         (
             "vfio VFIO_FD4: memory listener initialization failed: Region pc.ram: "
