@@ -623,7 +623,8 @@ _MEANINGS = (
         re.compile(r"(bind|attach|set ?up|set iommu).*Operation not permitted", re.IGNORECASE),
         "The kernel does not give the device away. No host driver was seen in its IOMMU group, so it must be that the "
         "IOMMU does not isolate interrupts (no interrupt remapping): turn that on in the firmware. "
-        "allow_unsafe_interrupts=1 of iommufd (of vfio_iommu_type1 for legacy) would override it and is a security hole.",
+        "allow_unsafe_interrupts=1 of iommufd, or of vfio_iommu_type1 for legacy, would override it and is a security "
+        "hole.",
     ),
     (
         re.compile(r"(bind|attach).*(Device or resource busy|Invalid argument)", re.IGNORECASE),
