@@ -620,6 +620,11 @@ def _seconds(text: str | None) -> float | None:
 # What QEMU passes on from the kernel, and what it means here: the first pattern that fits.
 _MEANINGS = (
     (
+        re.compile(r"is not an instance of type vfio-iommu-(legacy|iommufd)"),
+        "This QEMU ends where one guest has devices on both backends, which is its own fault (seen with 11.1.2; 10.0 can "
+        "do it): give all devices the same backend.",
+    ),
+    (
         re.compile(r"(bind|attach|set ?up|set iommu).*Operation not permitted", re.IGNORECASE),
         "The kernel does not give the device away. No host driver was seen in its IOMMU group, so it must be that the "
         "IOMMU does not isolate interrupts (no interrupt remapping): turn that on in the firmware. "

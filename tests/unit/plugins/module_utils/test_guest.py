@@ -320,6 +320,11 @@ def test_a_configuration_space_that_came_back() -> None:
             "RLIMIT_MEMLOCK",
         ),
         ("cannot set up guest memory 'pc.ram': Cannot allocate memory", "not enough memory"),
+        (
+            "hw/vfio/vfio-iommufd.h:33:VFIO_IOMMU_IOMMUFD: Object 0x55e8d9dcbd30 is not an instance of type "
+            "vfio-iommu-iommufd",
+            "the same backend",
+        ),
         ("linux kernel too old to load a ram disk", None),
         ("", None),
     ],
