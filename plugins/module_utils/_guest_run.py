@@ -621,8 +621,8 @@ def _seconds(text: str | None) -> float | None:
 _MEANINGS = (
     (
         re.compile(r"is not an instance of type vfio-iommu-(legacy|iommufd)"),
-        "This QEMU ends where one guest has devices on both backends, which is its own fault (seen with 11.1.2; 10.0 can "
-        "do it): give all devices the same backend.",
+        "This QEMU ends where one guest has devices on both backends, which is its own fault (seen with 11.1.2; 10.0 "
+        "can do it): give all devices the same backend.",
     ),
     (
         re.compile(r"(bind|attach|set ?up|set iommu).*Operation not permitted", re.IGNORECASE),
