@@ -44,7 +44,8 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
 )
 from ansible_collections.iommufd.host.plugins.module_utils._judgement import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
-from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, read_function
+from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported
 
@@ -193,6 +194,51 @@ class Ready:
             f"boot a guest of {request.memory} MiB with {devices} {where}{plugged}, with QEMU{user}"
             f"{how[request.launcher]} ({self.accelerator})"
         )
+
+
+# -- what is wanted ----------------------------------------------------------------------------------------------------
+
+
+def read_request(host: Host, options: t.Mapping[str, t.Any], check_mode: bool) -> tuple[Request, list[str]]:
+    """What the options of guest_verify ask for.
+
+    Args:
+        host: on which selectors name devices.
+        options: those of the module; one that is missing has its default.
+        check_mode: whether earlier steps may be still to come (``pending``, ``qemu_pending``).
+
+    Returns:
+        The request, and what was said of devices that are not there yet.
+
+    Raises:
+        OptionError: a selector or an address that is none, or names no device.
+    """
+    pending = bool(options.get("pending")) and check_mode
+    found: dict[str, tuple[str, ...]] = {"devices": (), "hot_plug": ()}
+    missing: list[str] = []
+    for option in found:
+        if option == "devices" or options.get(option):
+            choice = find_devices(host, option, options[option], pending)
+            found[option] = tuple(one.address for one in choice.chosen)
+            missing += choice.missing
+    names = [field.name for field in dataclasses.fields(Request)]
+    plain = {name: options[name] for name in names if name not in found and options.get(name) is not None}
+    given: Json = {
+        **plain,
+        "devices": found["devices"],
+        "plugged": found["hot_plug"],
+        "hot_plug": bool(options.get("hot_plug_expected")),
+        "backends": _by_address("backends", options.get("backends")),
+        "objects": _by_address("iommufds", options.get("iommufds")),
+        "expendable": tuple(parse_address("expendable", one) for one in options.get("expendable") or []),
+        "pending": pending,
+        "qemu_pending": bool(options.get("qemu_pending")) and check_mode,
+    }
+    return Request(**given), missing
+
+
+def _by_address(option: str, given: t.Mapping[str, t.Any] | None) -> dict[str, str]:
+    return {parse_address(option, address): str(value) for address, value in (given or {}).items()}
 
 
 # -- preparing ---------------------------------------------------------------------------------------------------------

@@ -404,6 +404,13 @@ class Run:
             found.update(works=None, detail="no device of this guest is on iommufd")
         return found
 
+    def _unsafe_interrupts(self) -> bool:
+        """Whether the host lets devices go whose interrupts are not isolated, so that one could forge others'."""
+        modules = {"iommufd": "iommufd", "legacy": "vfio_iommu_type1"}
+        used = {modules[one.backend] for one in self.devices}
+        said = (self.host.read_line(f"/sys/module/{one}/parameters/allow_unsafe_interrupts") for one in used)
+        return "Y" in said
+
     def expectation(self) -> _judgement.Expectation:
         """What the launcher promises."""
         launcher, user = self.request.launcher, self.ready.user
@@ -499,6 +506,7 @@ class Run:
             },
             "hot_plug": self.plugged,
             "qemu": {"path": ready.qemu, "version": ready.qemu_version, "words": self.words.distinct()},
+            "unsafe_interrupts": self._unsafe_interrupts(),
             "accelerator": ready.accelerator,
             "accelerator_reason": ready.accelerator_reason,
             "kernel": ready.release,
@@ -612,10 +620,16 @@ def _seconds(text: str | None) -> float | None:
 # What QEMU passes on from the kernel, and what it means here: the first pattern that fits.
 _MEANINGS = (
     (
-        re.compile(r"(bind|attach).*Operation not permitted", re.IGNORECASE),
+        re.compile(r"is not an instance of type vfio-iommu-(legacy|iommufd)"),
+        "This QEMU ends where one guest has devices on both backends, which is its own fault (seen with 11.1.2; 10.0 "
+        "can do it): give all devices the same backend.",
+    ),
+    (
+        re.compile(r"(bind|attach|set ?up|set iommu).*Operation not permitted", re.IGNORECASE),
         "The kernel does not give the device away. No host driver was seen in its IOMMU group, so it must be that the "
         "IOMMU does not isolate interrupts (no interrupt remapping): turn that on in the firmware. "
-        "iommufd.allow_unsafe_interrupts=1 would override it and is a security hole.",
+        "allow_unsafe_interrupts=1 of iommufd, or of vfio_iommu_type1 for legacy, would override it and is a security "
+        "hole.",
     ),
     (
         re.compile(r"(bind|attach).*(Device or resource busy|Invalid argument)", re.IGNORECASE),

@@ -323,6 +323,11 @@ evidence:
     qemu:
       description: Path, version and last words of QEMU.
       type: dict
+    unsafe_interrupts:
+      description:
+        - Whether the host gives away devices whose interrupts are not isolated (C(allow_unsafe_interrupts)), which is a
+          security hole.
+      type: bool
     accelerator:
       description: V(kvm) or V(tcg).
       type: str
@@ -339,41 +344,13 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
-from ansible_collections.iommufd.host.plugins.module_utils._guest import Request, prepare, verify
+from ansible_collections.iommufd.host.plugins.module_utils._guest import prepare, read_request, verify
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
-from ansible_collections.iommufd.host.plugins.module_utils._pci import parse_address
 
 
 def work(module: AnsibleModule) -> Outcome:
-    options = module.params
     host = Host()
-    pending = options["pending"] and module.check_mode
-    choice = find_devices(host, "devices", options["devices"], pending)
-    plugged = find_devices(host, "hot_plug", options["hot_plug"], pending) if options["hot_plug"] else None
-    request = Request(
-        devices=tuple(one.address for one in choice.chosen),
-        plugged=() if plugged is None else tuple(one.address for one in plugged.chosen),
-        launcher=options["launcher"],
-        started_by=options["started_by"],
-        backend=options["backend"],
-        backends=_by_address("backends", options["backends"]),
-        objects=_by_address("iommufds", options["iommufds"]),
-        hot_plug=options["hot_plug_expected"],
-        expendable=tuple(parse_address("expendable", one) for one in options["expendable"]),
-        arp_target=options["arp_target"] or "",
-        user=options["user"],
-        qemu=options["qemu"] or "",
-        busybox=options["busybox"] or "",
-        kernel=options["kernel"] or "",
-        memory=options["memory"],
-        cpus=options["cpus"],
-        memlock=options["memlock"],
-        timeout=options["timeout"],
-        accelerator=options["accelerator"],
-        pending=pending,
-        qemu_pending=options["qemu_pending"] and module.check_mode,
-    )
+    request, missing = read_request(host, module.params, module.check_mode)
     ready = prepare(host, request)
     if module.check_mode:
         result: dict[str, t.Any] = {"verified": None, "would": ready.sentence()}
@@ -381,7 +358,6 @@ def work(module: AnsibleModule) -> Outcome:
             result["decision"] = ready.decision.to_dict()
         if ready.passing:
             result["problems"] = ready.passing
-        missing = [*choice.missing, *(plugged.missing if plugged is not None else [])]
         return Outcome(
             result=result,
             warnings=[f"To be checked again when it is real: {problem}" for problem in [*missing, *ready.passing]],
@@ -393,13 +369,14 @@ def work(module: AnsibleModule) -> Outcome:
             # A guest without a disk, a cable or a driver for its devices is nothing to be warned of.
             if item["status"] == "skip" and item["id"] not in ("dma", "drivers", "link"):
                 module.warn(f"Not seen, {item['id']}: {item['detail']}.")
+        if found["evidence"]["unsafe_interrupts"]:
+            module.warn(
+                "This host gives away devices whose interrupts are not isolated (allow_unsafe_interrupts): a guest can "
+                "forge interrupts of the host."
+            )
         return found
 
     return Outcome(after=after)
-
-
-def _by_address(option: str, given: dict[str, t.Any]) -> dict[str, str]:
-    return {parse_address(option, address): str(value) for address, value in given.items()}
 
 
 def main() -> None:

@@ -308,6 +308,11 @@ def test_a_configuration_space_that_came_back() -> None:
     [
         # Said by QEMU 10.0 on Linux 6.12.
         ("vfio VFIO_FD4: error bind device fd=4 to iommufd=3: Operation not permitted", "isolate interrupts"),
+        (
+            "vfio 0000:01:00.0: failed to setup container for group 9: Failed to set iommu for container: "
+            "Operation not permitted",
+            "isolate interrupts",
+        ),
         ("vfio VFIO_FD4: error bind device fd=4 to iommufd=3: Device or resource busy", "Another process"),
         (
             "vfio VFIO_FD4: memory listener initialization failed: Region pc.ram: "
@@ -315,6 +320,11 @@ def test_a_configuration_space_that_came_back() -> None:
             "RLIMIT_MEMLOCK",
         ),
         ("cannot set up guest memory 'pc.ram': Cannot allocate memory", "not enough memory"),
+        (
+            "hw/vfio/vfio-iommufd.h:33:VFIO_IOMMU_IOMMUFD: Object 0x55e8d9dcbd30 is not an instance of type "
+            "vfio-iommu-iommufd",
+            "the same backend",
+        ),
         ("linux kernel too old to load a ram disk", None),
         ("", None),
     ],
