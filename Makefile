@@ -48,7 +48,7 @@ lab-destroy: ready ## Destroy the lab hosts of INVENTORY
 # -- For developers ---------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: peers test-fast sanity importer page molecule ## All tests, as CI runs them
+test: peers test-fast docs sanity importer tarball page molecule ## All tests, as CI runs them
 
 .PHONY: test-fast
 test-fast: lint typing unit ## What needs no virtual machine
@@ -106,7 +106,7 @@ tarball: ready ## Build the collection, install it away from the checkout, and r
 	@tests/tools/tarball
 
 .PHONY: page
-page: ready ## The audit playbook, and its page in Chromium; figures in build/page.json
+page: docs ## The audit playbook, its page and the documentation in Chromium; figures in build/page.json
 	@tests/tools/packages chromium fonts-dejavu-core
 	@python -m pytest -q --basetemp=build/pytest-page tests/page
 

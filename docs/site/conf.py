@@ -48,5 +48,15 @@ def elsewhere(_app: t.Any, _env: t.Any, node: t.Any, content: t.Any) -> t.Any:
     return None if page is None else nodes.reference("", "", content, refuri=_ANSIBLE + page, internal=False)
 
 
+def without_contents(_app: t.Any, doctree: t.Any) -> None:
+    """The theme shows each page's contents beside it, so a list of them in the page is left to other sites."""
+    for topic in list(doctree.findall(nodes.topic)):
+        if "contents" in topic["classes"]:
+            topic.parent.remove(topic)
+    for title in doctree.findall(nodes.title):
+        title.attributes.pop("refid", None)  # the way back to that list
+
+
 def setup(app: t.Any) -> None:
+    app.connect("doctree-read", without_contents)
     app.connect("missing-reference", elsewhere)
