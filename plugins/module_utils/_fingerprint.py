@@ -25,6 +25,12 @@ Json = dict[str, t.Any]
 
 _MODULES = ("iommufd", "vfio", "vfio_iommu_type1", "vfio_pci_core", "vfio_pci", "kvm", "kvm_intel", "kvm_amd")
 
+# The role verify's options that make another guest of it.
+_SETTINGS = (
+    "launcher", "started_by", "backend", "backends", "iommufds", "hot_plug", "hot_plug_expected", "expendable",
+    "arp_target", "user", "memory", "cpus", "memlock", "accelerator",
+)  # fmt: skip
+
 # In words, for the reason of another guest.
 WORDS = {
     "boot": "the host was rebooted",
@@ -58,7 +64,7 @@ def read_parts(host: Host, wanted: Json, addresses: t.Sequence[str]) -> Json:
         "libraries": _libraries(host, binary),
         "busybox": [busybox, _digest(host, busybox)],
         "devices": _devices(host, addresses),
-        "guest": {name: wanted[name] for name in ("user", "memory", "cpus", "accelerator")},
+        "guest": {name: wanted.get(name) for name in _SETTINGS},
     }
 
 

@@ -324,28 +324,10 @@ def _plan_binding(options: Json) -> Outcome:
 
 def _plan_guest(options: Json) -> Outcome:
     host = Host()
-    choice = find_devices(host, "devices", options["devices"], options["pending"])
-    request = guest_request(options, [one.address for one in choice.chosen])
+    request, missing = _guest.read_request(host, options, check_mode=True)
     ready = _guest.prepare(host, request)
-    problems = [*choice.missing, *ready.passing]
-    warnings = [f"To be checked again when it is real: {problem}" for problem in problems]
+    warnings = [f"To be checked again when it is real: {problem}" for problem in (*missing, *ready.passing)]
     return Outcome(result={"would": ready.sentence()}, warnings=warnings)
-
-
-def guest_request(options: Json, addresses: t.Sequence[str]) -> _guest.Request:
-    """The request for a guest, of the role verify's options."""
-    return _guest.Request(
-        devices=tuple(addresses),
-        user=options["user"],
-        qemu=options["qemu"] or "",
-        busybox=options["busybox"] or "",
-        memory=options["memory"],
-        cpus=options["cpus"],
-        timeout=options["timeout"],
-        accelerator=options["accelerator"],
-        pending=options.get("pending", False),
-        qemu_pending=options.get("qemu_pending", False),
-    )
 
 
 # -- what is there of an earlier run -----------------------------------------------------------------------------------

@@ -204,6 +204,49 @@ options:
         description: C(verify_max_age).
         type: int
         default: 7
+      launcher:
+        description: C(verify_launcher).
+        type: str
+        choices: [direct, systemd, libvirt, self]
+        default: direct
+      started_by:
+        description: C(verify_started_by).
+        type: str
+        choices: [module, libvirt]
+        default: module
+      backend:
+        description: C(verify_backend).
+        type: str
+        choices: [legacy, iommufd, auto]
+        default: iommufd
+      backends:
+        description: C(verify_backends).
+        type: dict
+        default: {}
+      iommufds:
+        description: C(verify_iommufds).
+        type: dict
+        default: {}
+      hot_plug:
+        description: C(verify_hot_plug).
+        type: list
+        elements: raw
+        default: []
+      hot_plug_expected:
+        description: C(verify_hot_plug_expected).
+        type: bool
+        default: false
+      expendable:
+        description: C(verify_expendable).
+        type: list
+        elements: str
+        default: []
+      arp_target:
+        description: C(verify_arp_target).
+        type: str
+      memlock:
+        description: C(verify_memlock).
+        type: int
       qemu:
         description: C(verify_qemu).
         type: path
@@ -394,6 +437,16 @@ ARGUMENT_SPEC: dict[str, Json] = {
             "enabled": _option("bool", True),
             "when": _option("str", "always", choices=["always", "changed"]),
             "max_age": _option("int", 7),
+            "launcher": _option("str", "direct", choices=["direct", "systemd", "libvirt", "self"]),
+            "started_by": _option("str", "module", choices=["module", "libvirt"]),
+            "backend": _option("str", "iommufd", choices=["legacy", "iommufd", "auto"]),
+            "backends": _option("dict", {}),
+            "iommufds": _option("dict", {}),
+            "hot_plug": _option("list", [], elements="raw"),
+            "hot_plug_expected": _option("bool", False),
+            "expendable": _option("list", [], elements="str"),
+            "arp_target": _option("str"),
+            "memlock": _option("int"),
             "qemu": _option("path"),
             "busybox": _option("path"),
             "user": _option("str", "nobody"),

@@ -106,7 +106,7 @@ def _host(host: t.Mapping[str, t.Any], joining: int | None) -> Json:
     started = mapping(host.get("rollout_started"))
     ended = host.get("rollout_ended")
     wave = int(started["wave"]) if started else joining
-    status, words = _status(plan, outcome, bool(started), joining)
+    status, words = _status(plan, outcome, bool(started), joining, host.get("rollout_blocked"))
     put_back = mapping(outcome.get("put_back"))
     if status == FAILED and put_back:
         words += f" [{one_line(put_back.get('words') or '')}]"
@@ -130,7 +130,11 @@ def _host(host: t.Mapping[str, t.Any], joining: int | None) -> Json:
 
 
 def _status(
-    plan: t.Mapping[str, t.Any], outcome: t.Mapping[str, t.Any], started: bool, joining: int | None
+    plan: t.Mapping[str, t.Any],
+    outcome: t.Mapping[str, t.Any],
+    started: bool,
+    joining: int | None,
+    blocked: object,
 ) -> tuple[str, str]:
     said = one_line(plan.get("msg") or "").removeprefix("Task failed: ")
     if outcome:
@@ -147,6 +151,8 @@ def _status(
         return UNREACHABLE, said or "It could not be reached."
     if plan.get("failed"):
         return IMPOSSIBLE, said or "It could not be planned."
+    if blocked:
+        return IMPOSSIBLE, one_line(blocked)
     if not plan:
         return PENDING, "The run ended before it was planned."
     if plan.get("converged") and plan.get("recorded") and not mapping(plan.get("back")).get("unfinished"):

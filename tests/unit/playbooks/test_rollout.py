@@ -99,12 +99,12 @@ def test_a_host_that_fails_is_put_back_and_no_wave_starts_after_it(fleet: Fleet,
     assert row["cause"] == "the guest did not boot"
     assert row["put_back"]["complete"]
     assert "No further wave starts: 1 host has failed (b)" in first.done.stdout
-    # In reverse order, then compared, and the record is gone.
+    # In reverse order, then compared, and all notes are gone, since there were none before.
     back = first.calls["b"][first.calls["b"].index("guest_verify") + 1 :]
     assert [one for one in back if one in ("udev_access", "vfio_bind", "kernel_args")] == [
         "udev_access", "vfio_bind", "kernel_args",
     ]  # fmt: skip
-    assert back[-2:] == ["host_snapshot", "host_snapshot"]
+    assert back[-2:] == ["host_snapshot", "host_record"]
     # The cause is gone: the run goes on where it ended.
     for name in ("b", "c"):
         fleet.host(name, to_do())
@@ -184,6 +184,9 @@ def test_roles_that_were_there_before_are_run_with_what_they_were_asked_for(flee
     access = [call["options"] for call in back if call["module"] == "udev_access"]
     assert [(one["state"], one["group"], one["mode"]) for one in access] == [("present", "gpu", "0640")]
     assert "kernel_args" not in [call["module"] for call in back]
+    # What it was asked for before is what its next failure goes back to.
+    assert [call["options"] for call in back if call["module"] == "host_record"] == [{"wanted": was}]
+    assert back[-1]["options"] == {"state": "absent"}
 
 
 def test_check_mode_plans_the_fleet_and_touches_nothing(fleet: Fleet, tmp_path: pathlib.Path) -> None:

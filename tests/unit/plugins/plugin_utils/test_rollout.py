@@ -51,6 +51,7 @@ FLEET: dict[str, Json] = {
     "converged": {"site_plan": {"converged": True, "recorded": True, "survey": READY}},
     "half": {"site_plan": {"converged": True, "recorded": True, "back": {"unfinished": True}}},
     "in use": {"site_plan": {"failed": True, "msg": "Task failed: 0000:01:00.0 is in use", "survey": POOR}},
+    "blocked": {"site_plan": PLAN, "rollout_blocked": "It needs a reboot (so), and kernel_reboot is false."},
     "away": {"site_plan": {"unreachable": True, "msg": "No route to host"}},
     "never": {},
 }
@@ -70,11 +71,12 @@ def test_what_became_of_each_host() -> None:
         "converged": "converged",
         "half": "not_started",
         "in use": "impossible",
+        "blocked": "impossible",
         "away": "unreachable",
         "never": "not_started",
     }
     assert (
-        sum(count for status, count in found["summary"].items() if status != "hosts") == found["summary"]["hosts"] == 9
+        sum(count for status, count in found["summary"].items() if status != "hosts") == found["summary"]["hosts"] == 10
     )
     assert found["wave"] == 1
 
@@ -106,22 +108,26 @@ def test_when_no_further_wave_starts(policy: Json, stops: bool) -> None:
 
 
 def test_what_ends_the_run_with_an_error() -> None:
-    assert set(_rollout.verdicts(report())) == {"failed", "lost", "in use", "away"}
-    assert _rollout.obstacles(report()) == ["in use: 0000:01:00.0 is in use.", "away: No route to host."]
+    assert set(_rollout.verdicts(report())) == {"failed", "lost", "in use", "blocked", "away"}
+    assert _rollout.obstacles(report()) == [
+        "in use: 0000:01:00.0 is in use.",
+        "blocked: It needs a reboot (so), and kernel_reboot is false.",
+        "away: No route to host.",
+    ]
 
 
 def test_the_table_has_the_worst_first_and_can_be_cut() -> None:
     lines = _rollout.to_table(report(), 3)
     assert [line.split()[0] for line in lines[1:4]] == ["lost", "failed", "in"]
-    assert lines[4] == "... and 6 more"
-    assert lines[-1] == "9 hosts: 1 converged, 1 done, 3 not started, 1 unreachable, 1 impossible, 1 failed, 1 lost"
+    assert lines[4] == "... and 7 more"
+    assert lines[-1] == "10 hosts: 1 converged, 1 done, 3 not started, 1 unreachable, 2 impossible, 1 failed, 1 lost"
 
 
 def test_junit_counts_and_carries_what_differs() -> None:
     suite = ElementTree.fromstring(_rollout.to_junit(report()).encode()).find("testsuite")
     assert suite is not None
     counts = [suite.get(name) for name in ("tests", "failures", "errors", "skipped")]
-    assert counts == ["9", "2", "2", "3"]
+    assert counts == ["10", "3", "2", "3"]
     error = suite.find("testcase[@name='failed']/error")
     assert error is not None
     assert (error.text or "").splitlines()[-1] == "file /etc/x: a => b"
@@ -132,4 +138,4 @@ def test_what_hosts_say_is_text_on_the_page() -> None:
     assert "no &lt;guest&gt;" in lead
     assert "<guest>" not in lead
     assert "file /etc/x: a =&gt; b" in lead
-    assert lead.count("<tr") == 10
+    assert lead.count("<tr") == 11
