@@ -185,13 +185,11 @@ def of_links() -> tuple[Message, ...]:
 
 def of_evidence() -> tuple[str, ...]:
     """The ids of what guest_verify judges."""
-    tree = ast.parse((CHECKOUT / "plugins/module_utils/_evidence.py").read_text())
+    module = _Module(CHECKOUT / "plugins/module_utils/_judgement.py")
     found: dict[str, None] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "item" and isinstance(node.args[0], ast.Constant):
-            found[str(node.args[0].value)] = None
-        elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple) and "item(" in ast.unparse(node):
-            found.update({str(one.value): None for one in node.iter.elts if isinstance(one, ast.Constant)})
+    for node, scope in _scopes(module.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "item":
+            found.update(dict.fromkeys(text for text in module.read(node.args[0], scope) if GAP not in text))
     return tuple(found)
 
 

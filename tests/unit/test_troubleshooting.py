@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _guest, _probe
+from ansible_collections.iommufd.host.plugins.module_utils import _guest_run, _probe
 from ansible_collections.iommufd.host.plugins.module_utils._checks import run_checks
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.tests.unit import messages
@@ -80,7 +80,7 @@ def covers(term: str, text: str) -> bool:
 
 
 def every_message() -> list[Message]:
-    meanings = [Message(meaning, "_guest.py:_MEANINGS") for _pattern, meaning in _guest._MEANINGS]
+    meanings = [Message(meaning, "_guest_run.py:_MEANINGS") for _pattern, meaning in _guest_run._MEANINGS]
     option = Message(str(OptionError("devices[0]", 1, "an address")), "_errors.py:OptionError")
     return [*messages.of_plugins(), *messages.of_links(), *messages.of_playbooks(), *meanings, option]
 
