@@ -196,7 +196,7 @@ def of_evidence() -> tuple[str, ...]:
 def of_playbooks() -> tuple[Message, ...]:
     """What roles and playbooks say when they stop."""
     found = []
-    for path in sorted([*CHECKOUT.glob("roles/*/tasks/*.yml"), *CHECKOUT.glob("playbooks/*.yml")]):
+    for path in sorted([*CHECKOUT.glob("roles/*/tasks/*.yml"), *CHECKOUT.glob("playbooks/**/*.yml")]):
         for task in _tasks(yaml.safe_load(path.read_text())):
             stop = task.get("ansible.builtin.assert") or task.get("ansible.builtin.fail") or {}
             text = stop.get("fail_msg") or stop.get("msg")

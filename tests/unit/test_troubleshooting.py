@@ -25,6 +25,7 @@ _LETTERS = 7  # a fragment with fewer would fit anything
 PASSED_ON = {
     "_access.py:_plan": "what _qemu_conf says of libvirt's configuration",
     "_ansible.py:_carry_out": "a warning of the module's",
+    "_ansible.py:normalize": "Ansible's words about an option",
     "_ansible.py:run_module": "the error that ends the module",
     "_binding.py:_refuse_driver": "NO_CDEV",
     "_boot_loader.py:apply": "a file that is gone",
@@ -33,6 +34,7 @@ PASSED_ON = {
     "_dkms.py:_warn_of_secure_boot": "SecureBoot.warning",
     "_guest.py:_check_programs": "what _initramfs says",
     "_guest.py:prepare": "what stands in the way",
+    "_judgement.py:_judge_cdevs": "descriptors, each in the check that names them",
     "_lab_host.py:failure": "the message of a host",
     "_lab_image.py:_install_boot_loader": "the message of the boot",
     "_lab_run.py:_failure": "a program and its last words",
@@ -43,6 +45,7 @@ PASSED_ON = {
     "_systemd_unit.py:apply": "policy_problems and live_problems",
     "_udev.py:apply": "_problem",
     "audit_report.py:run": "how many hosts are ready, in short",
+    "rollout_report.py:run": "how far the rollout is",
     "qemu_install.py:install": "what _qemu_artefact says of the archive",
     "select_devices.py:select_devices": "what _selectors says",
 }
