@@ -28,6 +28,9 @@ ANSWERS: dict[str, t.Any] = {
     "guest_verify": {
         "verified": True,
         "evidence": {
+            "launcher": "direct",
+            "backend": "iommufd",
+            "descriptors": {"iommu": 1},
             "seconds": {"total": 9.5},
             "devices": [{"address": "0000:01:00.0"}],
             "qemu": {"version": "10.0.13"},
