@@ -46,11 +46,18 @@ def problems(host: Host) -> list[str]:
     """What stands in the way of this launcher."""
     if host.which("virsh") is None:
         return ["virsh is not installed, so no domain can be made. On Debian and Ubuntu: apt install libvirt-clients."]
-    answer = host.ask(["virsh", "--quiet", "--connect", URI, "list", "--name"], 60)
-    if answer is None or not answer.ok:
-        said = answer.stderr.strip().splitlines()[-1:] if answer is not None else ["no answer"]
-        return [f"libvirt's daemon for QEMU does not answer at {URI}: {' '.join(said) or 'it said nothing'}."]
+    refusal = _refusal(host)
+    if refusal is not None:
+        return [f"libvirt's daemon for QEMU does not answer at {URI}: {refusal or 'it said nothing'}."]
     return []
+
+
+def _refusal(host: Host) -> str | None:
+    """Why libvirt's daemon does not answer; None where it does."""
+    answer = host.ask([_VIRSH, "--quiet", "--connect", URI, "list", "--name"], 60)
+    if answer is None:
+        return "no answer within 60 s"
+    return None if answer.ok else " ".join(answer.stderr.strip().splitlines()[-1:])
 
 
 @contextlib.contextmanager

@@ -41,12 +41,17 @@ def problems(host: Host) -> list[str]:
     """What stands in the way of this launcher."""
     if not host.is_dir("/run/systemd/system"):
         return ["This host does not run systemd, so no unit of it can launch the guest."]
-    answer = host.ask(["systemctl", "--version"])
-    words = (answer.stdout if answer is not None else "").split()
-    version = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
+    version = _version(host)
     if version < 253:
         return [f"systemd {version or '(version unknown)'} has no OpenFile=: 253 and later have it."]
     return []
+
+
+def _version(host: Host) -> int:
+    """Of systemd; 0 where it does not say."""
+    answer = host.ask(["systemctl", "--version"])
+    words = (answer.stdout if answer is not None else "").split()
+    return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import (
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices, read_memory
+from ansible_collections.iommufd.host.plugins.module_utils._memory import read_memory
 from ansible_collections.iommufd.host.plugins.module_utils._outcome import Outcome
 
 Json = dict[str, t.Any]
