@@ -14,16 +14,8 @@ description:
   - V(true) when no check of the survey failed, and each of those was made without which nothing is shown,
     V(iommu.enabled), V(kernel.iommufd), V(kernel.cdev), V(node.iommu) and V(qemu.iommufd). Only the QEMU of a live
     host can be asked, so a captured tree is never ready.
-positional: _input
-options:
-  _input:
-    description: What M(iommufd.host.iommufd_info) returned, or its RV(iommufd.host.iommufd_info#module:checks).
-    type: raw
-    required: true
-  warnings:
-    description: Whether a warning counts as well.
-    type: bool
-    default: false
+extends_documentation_fragment:
+  - iommufd.host._readiness
 seealso:
   - plugin: iommufd.host.why_not
     plugin_type: filter

@@ -13,16 +13,8 @@ short_description: What keeps a surveyed host from being ready, with the remedie
 description:
   - Lists what each failed check of the survey found and what to do about it, in the order in which one would mend it.
   - Empty for a host that is ready in the sense of P(iommufd.host.ready#filter).
-positional: _input
-options:
-  _input:
-    description: What M(iommufd.host.iommufd_info) returned, or its RV(iommufd.host.iommufd_info#module:checks).
-    type: raw
-    required: true
-  warnings:
-    description: Whether to list warnings as well.
-    type: bool
-    default: false
+extends_documentation_fragment:
+  - iommufd.host._readiness
 seealso:
   - plugin: iommufd.host.ready
     plugin_type: filter

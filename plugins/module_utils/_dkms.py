@@ -49,6 +49,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     release,
     version_key,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import write_whole
 from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     Change,
     InstallPackages,
@@ -553,24 +554,8 @@ def _others_in_dkms(host: Host) -> list[str]:
 def _plan_tree(host: Host, wanted: Wanted, planned: Planned, targets: t.Sequence[Kernel]) -> None:
     plan = planned.plan
     for name, content in FILES.items():
-        path = f"{TREE}/{name}"
-        before = host.read_text(path)
-        mode = 0o755 if name.endswith(".sh") else 0o644
-        status = host.stat(path)
-        if before == content and status is not None and status.st_mode & 0o777 == mode:
-            continue
-        plan.add(
-            WriteFile(
-                f"write {path}",
-                path,
-                before or "",
-                content,
-                path=path,
-                content=content.encode(),
-                mode=mode,
-                enforce_mode=True,
-            )
-        )
+        for step in write_whole(host, f"{TREE}/{name}", content.encode(), 0o755 if name.endswith(".sh") else 0o644):
+            plan.add(step)
     kernel = next((one for one in targets if one.running), targets[-1])
     if wanted.source is not None:
         version = source_version(host, wanted.source)

@@ -35,10 +35,6 @@ class FileState:
     gid: int
     label: bytes | None = None
 
-    @property
-    def is_ours(self) -> bool:
-        return OWN_MARK.encode() in self.content[:400]
-
 
 def capture(path: str) -> FileState | None:
     """The file as it is now, or None where there is none.

@@ -344,11 +344,6 @@ class ModuleIndex:
         return (self.host.read_text(f"{self.directory}/{name}") or "") if self.directory is not None else ""
 
 
-def module_state(host: Host, name: str, kernel: str | None = None) -> Module:
-    """One module of the running (or another installed) kernel. For several, keep a :class:`ModuleIndex`."""
-    return ModuleIndex(host, kernel).state(name)
-
-
 def _name(path: str) -> str:
     """The kernel's name for a module's file ("kernel/drivers/vfio/pci/vfio-pci.ko.xz" is "vfio_pci")."""
     return os.path.basename(path).partition(".ko")[0].replace("-", "_")

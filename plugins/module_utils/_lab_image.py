@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import shlex
 import shutil
 import struct
-import tarfile
 import time
 import typing as t
 from dataclasses import dataclass
@@ -502,7 +500,7 @@ def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
     raw = work / "disk.raw"
     started = time.monotonic()
 
-    _write_files(spec, work / "files.tar")
+    _lab_iommufd.write_archive(str(work / "files.tar"), spec.files())
     (work / "configure").write_text(spec.configure(), encoding="ascii")
     inputs = spec.inputs()
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(inputs['packages'])}"]
@@ -547,16 +545,6 @@ def _iommufd_hooks(payload: Path) -> list[str]:
         f'--customize-hook=chroot "$1" python3 /{directory}/install.py',
         f'--customize-hook=rm -rf "$1/{directory}"',
     ]
-
-
-def _write_files(spec: ImageSpec, path: Path) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, (mode, text) in sorted(spec.files().items()):
-            data = text.encode()
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            entry.mode = mode
-            archive.addfile(entry, io.BytesIO(data))
 
 
 def _partition(path: Path, size: int) -> None:

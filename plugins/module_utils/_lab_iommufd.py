@@ -47,15 +47,20 @@ def key() -> str:
     return hashlib.sha256(json.dumps(frame, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def write_archive(path: str, files: t.Mapping[str, tuple[int, str]]) -> None:
+    """Write a tar archive of files, each a mode and a text."""
+    with tarfile.open(path, "w") as archive:
+        for name, (mode, text) in sorted(files.items()):
+            data = text.encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            entry.mode = mode
+            archive.addfile(entry, io.BytesIO(data))
+
+
 def write_payload(path: str) -> None:
     """Write a tar archive of the code that runs in the image, to be unpacked in its root directory."""
-    with tarfile.open(path, "w") as archive:
-        for name, text in _sources().items():
-            data = text.encode()
-            entry = tarfile.TarInfo(f"{DIRECTORY}/{name}")
-            entry.size = len(data)
-            entry.mode = 0o644
-            archive.addfile(entry, io.BytesIO(data))
+    write_archive(path, {f"{DIRECTORY}/{name}": (0o644, text) for name, text in _sources().items()})
 
 
 def _sources() -> dict[str, str]:

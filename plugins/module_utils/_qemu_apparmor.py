@@ -20,10 +20,10 @@ from ansible_collections.iommufd.host.plugins.module_utils._apparmor_local impor
     with_block,
     write_rules,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._errors import Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Command, Plan, RemoveFile, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import write_own
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Command, Plan, RemoveFile
 
 RULES_FILE = f"{ABSTRACTION}.d/iommufd-host-qemu"
 
@@ -91,22 +91,8 @@ def _plan_guests(host: Host, plan: Plan, directory: str) -> None:
         + f"# libvirt's guests may run the QEMU that stands beneath {directory}.\n"
         + f"{directory}/versions/*/bin/qemu-system-* rmix,\n{directory}/versions/*/share/** r,\n"
     )
-    before = host.read_text(RULES_FILE)
-    if before == content:
-        return
-    if before is not None and OWN_MARK not in before:
-        raise Refusal(f"{RULES_FILE} is there and is not ours; move it away")
-    plan.add(
-        WriteFile(
-            f"write {RULES_FILE}",
-            RULES_FILE,
-            before or "",
-            content,
-            path=RULES_FILE,
-            content=content.encode(),
-            enforce_mode=True,
-        )
-    )
+    for step in write_own(host, RULES_FILE, content.encode(), 0o644):
+        plan.add(step)
 
 
 # -- daemons -----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ TEXTS = (
     *sorted(str(path.relative_to(CHECKOUT)) for path in CHECKOUT.glob("docs/docsite/rst/*.rst")),
 )
 # Variables of playbooks, which no role declares (comments at the top of each playbook tell of them).
-PLAY_VARIABLES = re.compile(r"iommufd_hosts|lab_hosts|audit_(dir|fail|table_hosts|pipelining|root)|ansible_[a-z_]+")
+PLAY_VARIABLES = re.compile(
+    r"iommufd_hosts|lab_hosts|audit_(dir|fail|table_hosts|pipelining|root)|ansible_[a-z_]+"
+    r"|rollout_(waves|require|on_failure|max_failures|put_back|dir|window|timezone|reconnect|drain|post|failed)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

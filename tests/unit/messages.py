@@ -60,7 +60,6 @@ class _Module:
     def __init__(self, path: pathlib.Path) -> None:
         self.tree = ast.parse(path.read_text())
         self.functions = {node.name: node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef)}
-        self.classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
 
     def read(self, node: ast.expr | None, scope: ast.AST, depth: int = 4) -> list[str]:
         """What a string expression can be."""
@@ -167,7 +166,10 @@ def of_plugins() -> tuple[Message, ...]:
                 for text in module.read(expression, scope):
                     one = Message(_tidy(text), place)
                     # A list that is returned, or nothing, is no message; its elements are read where they come in.
-                    if not isinstance(node, (ast.Return, ast.List, ast.ListComp)) or one.letters > 6:
+                    # Neither are the words of a command.
+                    if not isinstance(node, (ast.Return, ast.List, ast.ListComp)) or (
+                        one.letters > 9 and " " in one.text
+                    ):
                         found[one.text, place] = one
     return tuple(found.values())
 
@@ -185,11 +187,28 @@ def of_links() -> tuple[Message, ...]:
 
 def of_evidence() -> tuple[str, ...]:
     """The ids of what guest_verify judges."""
-    module = _Module(CHECKOUT / "plugins/module_utils/_judgement.py")
     found: dict[str, None] = {}
-    for node, scope in _scopes(module.tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "item":
-            found.update(dict.fromkeys(text for text in module.read(node.args[0], scope) if GAP not in text))
+    for path in sorted((CHECKOUT / "plugins/module_utils").glob("*.py")):
+        module = _Module(path)
+        if not any(isinstance(node, ast.FunctionDef) and node.name == "judge" for node in module.tree.body):
+            continue
+        for node, scope in _scopes(module.tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "item":
+                found.update(dict.fromkeys(module.read(node.args[0], scope)))
+            elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple) and "item(" in ast.unparse(node):
+                found.update(dict.fromkeys(text for one in node.iter.elts for text in module.read(one, scope)))
+    return tuple(name for name in found if name != GAP)
+
+
+def of_meanings() -> tuple[Message, ...]:
+    """What QEMU's words mean: pairs of a pattern and a text, wherever they are."""
+    found = []
+    for path in sorted((CHECKOUT / "plugins/module_utils").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MEANINGS":
+                assert isinstance(node.value, ast.Tuple)
+                pairs = [one for one in node.value.elts if isinstance(one, ast.Tuple)]
+                found += [Message(str(ast.literal_eval(pair.elts[-1])), f"{path.name}:_MEANINGS") for pair in pairs]
     return tuple(found)
 
 

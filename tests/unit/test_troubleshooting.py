@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _guest_run, _probe
+from ansible_collections.iommufd.host.plugins.module_utils import _probe
 from ansible_collections.iommufd.host.plugins.module_utils._checks import run_checks
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.tests.unit import messages
@@ -25,7 +25,7 @@ _LETTERS = 7  # a fragment with fewer would fit anything
 PASSED_ON = {
     "_access.py:_plan": "what _qemu_conf says of libvirt's configuration",
     "_ansible.py:_carry_out": "a warning of the module's",
-    "_ansible.py:normalize": "Ansible's words about an option",
+    "_ansible.py:normalize": "what Ansible says of arguments",
     "_ansible.py:run_module": "the error that ends the module",
     "_binding.py:_refuse_driver": "NO_CDEV",
     "_boot_loader.py:apply": "a file that is gone",
@@ -34,7 +34,7 @@ PASSED_ON = {
     "_dkms.py:_warn_of_secure_boot": "SecureBoot.warning",
     "_guest.py:_check_programs": "what _initramfs says",
     "_guest.py:prepare": "what stands in the way",
-    "_judgement.py:_judge_cdevs": "descriptors, each in the check that names them",
+    "_judgement.py:_judge_cdevs": "a part of what is judged",
     "_lab_host.py:failure": "the message of a host",
     "_lab_image.py:_install_boot_loader": "the message of the boot",
     "_lab_run.py:_failure": "a program and its last words",
@@ -45,7 +45,7 @@ PASSED_ON = {
     "_systemd_unit.py:apply": "policy_problems and live_problems",
     "_udev.py:apply": "_problem",
     "audit_report.py:run": "how many hosts are ready, in short",
-    "rollout_report.py:run": "how far the rollout is",
+    "rollout_report.py:run": "how far a rollout is",
     "qemu_install.py:install": "what _qemu_artefact says of the archive",
     "select_devices.py:select_devices": "what _selectors says",
 }
@@ -83,9 +83,8 @@ def covers(term: str, text: str) -> bool:
 
 
 def every_message() -> list[Message]:
-    meanings = [Message(meaning, "_guest_run.py:_MEANINGS") for _pattern, meaning in _guest_run._MEANINGS]
     option = Message(str(OptionError("devices[0]", 1, "an address")), "_errors.py:OptionError")
-    return [*messages.of_plugins(), *messages.of_links(), *messages.of_playbooks(), *meanings, option]
+    return [*messages.of_plugins(), *messages.of_links(), *messages.of_playbooks(), *messages.of_meanings(), option]
 
 
 def test_the_source_is_read() -> None:
@@ -98,6 +97,7 @@ def test_the_source_is_read() -> None:
     assert any("To be checked again" in text for text in texts)
     assert len(texts) > 250
     assert {"one_descriptor", "passed", "shared", "dma"} <= set(messages.of_evidence())
+    assert len(messages.of_meanings()) > 4
     assert any("guest_unit" in message.place for message in messages.of_playbooks())
 
 

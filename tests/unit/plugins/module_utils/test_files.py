@@ -10,7 +10,7 @@ import pathlib
 import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _files
-from ansible_collections.iommufd.host.plugins.module_utils._files import FileState, capture, own_header, write_atomic
+from ansible_collections.iommufd.host.plugins.module_utils._files import FileState, capture, write_atomic
 
 
 def state(content: bytes, mode: int = 0o640) -> FileState:
@@ -49,11 +49,6 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: pathlib.Path) 
         write_atomic(str(tmp_path / "directory"), state(b"x"))  # a directory cannot be replaced by a file
     assert os.listdir(str(tmp_path)) == ["directory"]
     assert (tmp_path / "directory/inner").read_text() == "kept"
-
-
-def test_own_files_are_known_by_their_header() -> None:
-    assert state(own_header().encode() + b"x").is_ours
-    assert not state(b"somebody else's").is_ours
 
 
 def test_a_boot_loader_that_passes_over_the_journal_sees_the_old_or_the_new(

@@ -12,7 +12,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     ModuleIndex,
     arguments,
     command_line,
-    module_state,
     read_config,
     release,
 )
@@ -111,13 +110,13 @@ def test_module_states(installed: Machine) -> None:
     pci = index.state("vfio-pci")
     assert (pci.name, pci.state, pci.dkms) == ("vfio_pci", "available", False)
     assert index.state("ext4").state == "builtin"
-    assert module_state(installed.host, "nothing").state == "missing"
-    assert not module_state(installed.host, "nothing").usable
+    assert index.state("nothing").state == "missing"
+    assert not index.state("nothing").usable
 
 
 def test_nothing_is_loaded_of_another_kernel(installed: Machine) -> None:
     installed.file("/usr/lib/modules/7.2-amd64/modules.dep", "kernel/drivers/vfio/vfio.ko.zst:\n")
-    assert module_state(installed.host, "vfio", "7.2-amd64").state == "available"
+    assert ModuleIndex(installed.host, "7.2-amd64").state("vfio").state == "available"
 
 
 def test_modules_in_the_order_in_which_they_load(installed: Machine) -> None:
