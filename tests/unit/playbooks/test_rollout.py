@@ -79,6 +79,13 @@ def test_waves_hooks_and_a_second_run(fleet: Fleet, tmp_path: pathlib.Path) -> N
     assert set(second.statuses().values()) == {"converged"}
 
 
+def test_waves_follow_the_inventory_whichever_host_answers_first(fleet: Fleet) -> None:
+    fleet.host("slow", to_do(slow=3))
+    fleet.host("quick", to_do())
+    run = Rollout(fleet, rollout_waves=[1])
+    assert [run.report["hosts"][name]["wave"] for name in ("slow", "quick")] == [1, 2]
+
+
 def test_a_host_that_fails_is_put_back_and_no_wave_starts_after_it(fleet: Fleet, tmp_path: pathlib.Path) -> None:
     (tmp_path / "failed.yml").write_text(
         json.dumps(
