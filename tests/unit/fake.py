@@ -28,6 +28,9 @@ ANSWERS: dict[str, t.Any] = {
     "guest_verify": {
         "verified": True,
         "evidence": {
+            "launcher": "direct",
+            "backend": "iommufd",
+            "descriptors": {"iommu": 1},
             "seconds": {"total": 9.5},
             "devices": [{"address": "0000:01:00.0"}],
             "qemu": {"version": "10.0.13"},
@@ -81,7 +84,7 @@ def plan_answer(
 
 _MODULE = """#!/usr/bin/python
 # WANT_JSON
-import json, os, sys
+import json, os, sys, time
 with open(sys.argv[1]) as file:
     arguments = json.load(file)
 options = {key: value for key, value in arguments.items() if not key.startswith("_ansible_")}
@@ -91,6 +94,7 @@ with open(here + "/calls.jsonl", "a") as file:
     file.write(json.dumps({"module": NAME, "options": options, "check": check}) + "\\n")
 with open(here + "/state.json") as file:
     state = json.load(file)
+time.sleep(state.get("slow", 0))
 answer = {"changed": False, **ANSWER, **state.get("answers", {}).get(NAME, {})}
 # As with a real host: what was asked for is there once the guest was verified, and gone with the last role.
 if NAME == "host_plan" and state.get("provisioned"):

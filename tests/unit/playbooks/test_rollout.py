@@ -79,6 +79,13 @@ def test_waves_hooks_and_a_second_run(fleet: Fleet, tmp_path: pathlib.Path) -> N
     assert set(second.statuses().values()) == {"converged"}
 
 
+def test_waves_follow_the_inventory_whichever_host_answers_first(fleet: Fleet) -> None:
+    fleet.host("slow", to_do(slow=3))
+    fleet.host("quick", to_do())
+    run = Rollout(fleet, rollout_waves=[1])
+    assert [run.report["hosts"][name]["wave"] for name in ("slow", "quick")] == [1, 2]
+
+
 def test_a_host_that_fails_is_put_back_and_no_wave_starts_after_it(fleet: Fleet, tmp_path: pathlib.Path) -> None:
     (tmp_path / "failed.yml").write_text(
         json.dumps(
@@ -121,6 +128,27 @@ def test_with_continue_the_others_go_on(fleet: Fleet) -> None:
     assert run.statuses() == {"a": "failed", "b": "done"}
     junit = (run.directory / "junit.xml").read_text()
     assert 'tests="2" failures="0" errors="1" skipped="0"' in junit
+
+
+def test_a_host_that_is_lost_on_the_way_is_told(fleet: Fleet, tmp_path: pathlib.Path) -> None:
+    # What a network that is cut looks like to Ansible: from here on nothing answers.
+    away = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+    lose = [{"ansible.builtin.set_fact": away, "when": "inventory_hostname == 'a'"}]
+    (tmp_path / "lose.yml").write_text(json.dumps(lose))
+    for name in ("a", "b", "c"):
+        fleet.host(name, to_do())
+    drain = str(tmp_path / "lose.yml")
+    run = Rollout(fleet, rollout_waves=[2, 1], rollout_drain=drain)
+    assert run.done.returncode != 0
+    assert run.statuses() == {"a": "lost", "b": "done", "c": "not_started"}
+    # Where that takes the whole wave along, Ansible ends the run; the report was written before.
+    fleet.host("a", to_do())
+    alone = Rollout(fleet, rollout_waves=[1], rollout_drain=drain)
+    assert alone.done.returncode != 0
+    assert (alone.report["state"], alone.statuses()["a"]) == ("wave", "at_work")
+    assert alone.calls["c"] == ["host_plan"]
+    # Back again.
+    assert Rollout(fleet).statuses() == {"a": "done", "b": "converged", "c": "done"}
 
 
 def test_nothing_starts_where_one_plan_is_impossible(fleet: Fleet) -> None:

@@ -80,6 +80,14 @@ def test_tags_run_the_roles_they_name(tmp_path: pathlib.Path) -> None:
     assert fleet.called("h0") == ["vfio_bind"]
 
 
+def test_switches_from_the_command_line_and_from_surveys_are_strings(tmp_path: pathlib.Path) -> None:
+    fleet = Fleet(tmp_path)
+    fleet.host("h0", {"answers": {"host_plan": plan_answer("kernel")}})
+    done = fleet.run("iommufd.host.site", "-e", "kernel_reboot=false", "-e", "verify_enabled=false")
+    assert done.returncode == 0, done.stdout
+    assert "guest_verify" not in fleet.called("h0")
+
+
 def test_the_user_who_names_addresses_is_heard(tmp_path: pathlib.Path) -> None:
     fleet = Fleet(tmp_path)
     fleet.host("theirs", {"answers": {"host_plan": plan_answer()}}, access_addresses=["0000:09:00.0"])

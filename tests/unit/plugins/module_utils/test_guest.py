@@ -295,11 +295,13 @@ def test_options_that_do_not_go_together(capable: Machine, options: dict[str, t.
 
 
 def test_a_configuration_space_that_came_back() -> None:
-    before = bytes(range(64))
+    before = bytes([0, 1, 2, 3, 0x02, *range(5, 64)])
     status = before[:6] + b"\xff\xff" + before[8:]
     assert _guest_run.compare_headers(before, before) == ""
     assert _guest_run.compare_headers(before, status) == ""  # status bits come and go
-    assert "0x04" in _guest_run.compare_headers(before, before[:4] + b"\x06\x00" + before[6:])
+    assert _guest_run.compare_headers(before[:4] + b"\0" + before[5:], before) == ""  # it was never used before
+    assert "bus mastering" in _guest_run.compare_headers(before, before[:4] + b"\x06" + before[5:])
+    assert "0x10" in _guest_run.compare_headers(before, before[:16] + b"\xff" + before[17:])
     assert "cannot be read" in _guest_run.compare_headers(before, None)
 
 
