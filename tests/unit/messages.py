@@ -174,6 +174,7 @@ def of_plugins() -> tuple[Message, ...]:
     return tuple(found.values())
 
 
+@functools.lru_cache
 def of_links() -> tuple[Message, ...]:
     """What the probe says of a link that is broken."""
     module = _Module(CHECKOUT / "plugins/module_utils/_probe.py")
@@ -185,13 +186,14 @@ def of_links() -> tuple[Message, ...]:
     return tuple(found)
 
 
+@functools.lru_cache
 def of_evidence() -> tuple[str, ...]:
     """The ids of what guest_verify judges."""
     found: dict[str, None] = {}
     for path in sorted((CHECKOUT / "plugins/module_utils").glob("*.py")):
-        module = _Module(path)
-        if not any(isinstance(node, ast.FunctionDef) and node.name == "judge" for node in module.tree.body):
+        if "\ndef judge(" not in path.read_text():
             continue
+        module = _Module(path)
         for node, scope in _scopes(module.tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "item":
                 found.update(dict.fromkeys(module.read(node.args[0], scope)))
@@ -200,11 +202,13 @@ def of_evidence() -> tuple[str, ...]:
     return tuple(name for name in found if name != GAP)
 
 
+@functools.lru_cache
 def of_meanings() -> tuple[Message, ...]:
     """What QEMU's words mean: pairs of a pattern and a text, wherever they are."""
     found = []
     for path in sorted((CHECKOUT / "plugins/module_utils").glob("*.py")):
-        for node in ast.parse(path.read_text()).body:
+        text = path.read_text()
+        for node in ast.parse(text).body if "\n_MEANINGS = " in text else ():
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MEANINGS":
                 assert isinstance(node.value, ast.Tuple)
                 pairs = [one for one in node.value.elts if isinstance(one, ast.Tuple)]
@@ -212,6 +216,7 @@ def of_meanings() -> tuple[Message, ...]:
     return tuple(found)
 
 
+@functools.lru_cache
 def of_playbooks() -> tuple[Message, ...]:
     """What roles and playbooks say when they stop."""
     found = []

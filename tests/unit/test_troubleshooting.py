@@ -67,6 +67,7 @@ def terms() -> list[str]:
     return [term for entry in entries() for term in entry.terms]
 
 
+@functools.lru_cache
 def names() -> set[str]:
     """What has an id and is looked up by it."""
     checks = {check.id for check in run_checks({})}
