@@ -200,9 +200,11 @@ class Run:
     def go(self) -> None:
         """Start, listen, look, end; and look at the devices afterwards, however it ended."""
         plan = self._plan()
-        if self.request.launcher in ("direct", "systemd") and any(one.backend == "iommufd" for one in self.devices):
+        nodes = [one.node for one in self.devices if one.backend == "iommufd"]
+        # A user whom the host lets open groups for the legacy container may well be let open the others, too.
+        lets = self.request.launcher == "systemd" and len(nodes) < len(self.devices)
+        if self.request.launcher in ("direct", "systemd") and nodes and not lets:
             self.step = "permissions"
-            nodes = [one.node for one in self.devices if one.backend == "iommufd"]
             self.refusals = _launcher.denied(self.ready.user, [_launcher.IOMMU_NODE, *nodes])
         self._headers = {one.address: self._header(one.address) for one in self.devices}
         self.step = "start"
