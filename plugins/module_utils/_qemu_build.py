@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -415,6 +416,9 @@ class _Run:
 
     def save(self) -> None:
         self._saved = time.monotonic()
+        # Of the commands that have ended; what else the machine has to do does not change it.
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.state["processor"] = round(used.ru_utime + used.ru_stime, 2)
         _write_state(self.job, self.state)
 
     def phase(self, name: str) -> None:

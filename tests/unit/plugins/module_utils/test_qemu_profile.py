@@ -101,6 +101,7 @@ def test_arguments_of_the_small_one() -> None:
     arguments = profile.configure_arguments(request(features={"slirp": True, "seccomp": False}), NEW, "x86_64")
     assert "--without-default-devices" in arguments and "--with-devices-x86_64=iommufd-host" in arguments
     assert "--enable-kvm" in arguments and "--disable-tcg" in arguments and "--disable-download" in arguments
+    assert "--disable-debug-info" in arguments
     assert "--enable-slirp" in arguments and "--disable-seccomp" in arguments and "--enable-seccomp" not in arguments
     foreign = profile.configure_arguments(request(targets=["aarch64"]), NEW, "x86_64")
     assert "--disable-kvm" in foreign and "--enable-tcg" in foreign
