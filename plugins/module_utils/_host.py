@@ -231,7 +231,7 @@ class Host:
             return None
         environment = {"PATH": ":".join(_SEARCH_PATH), "LC_ALL": "C.UTF-8", "HOME": os.environ.get("HOME", "/")}
         try:
-            done = subprocess.run(
+            done = subprocess.run(  # pylint: disable=ansible-bad-function
                 [command, *argv[1:]],
                 input=stdin.encode(),
                 capture_output=True,

@@ -375,7 +375,7 @@ def _launch(machine: Machine, host: HostSpec, accelerator: str, port: int) -> Bo
     log_start = log.stat().st_size if log.exists() else 0
     token = str(uuid.uuid4())
     with open(directory / "qemu.stderr", "wb") as errors:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # pylint: disable=ansible-bad-function
             host_arguments(host, accelerator, port, token),
             cwd=directory,
             stdin=subprocess.DEVNULL,

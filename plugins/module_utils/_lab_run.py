@@ -37,7 +37,7 @@ def logged(argv: t.Sequence[str], what: str, log: Path | None, timeout: float) -
         output.write(f"$ {' '.join(argv)}\n".encode())
         output.flush()
         try:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # pylint: disable=ansible-bad-function
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -317,7 +317,7 @@ def run(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "", keep_loc
     environment = dict(os.environ, LC_ALL="C.UTF-8", DEBIAN_FRONTEND="noninteractive")
     environment["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # pylint: disable=ansible-bad-function
             list(argv),
             input=stdin.encode(),
             capture_output=True,

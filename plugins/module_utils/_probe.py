@@ -565,7 +565,7 @@ def _run(argv: t.Sequence[str], trials: t.Sequence[t.Mapping[str, t.Any]], timeo
     job = json.dumps({"source": inspect.getsource(_probe_child), "space": {}, "trials": list(trials)})
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # pylint: disable=ansible-bad-function
             list(argv), input=job.encode(), capture_output=True, timeout=timeout, env=environment, cwd="/", check=False
         )
     except FileNotFoundError as error:
@@ -585,7 +585,7 @@ def _stop(argv: t.Sequence[str]) -> None:
     unit = next((word.partition("=")[2] for word in argv if word.startswith("--unit=")), None)
     if unit is not None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(["systemctl", "stop", unit], capture_output=True, timeout=30, check=False)
+            subprocess.run(["systemctl", "stop", unit], capture_output=True, timeout=30, check=False)  # pylint: disable=ansible-bad-function
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ class Sandbox:
         Returns:
             Its status; negative where a signal ended it.
         """
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # pylint: disable=ansible-bad-function
             self.wrap(argv),
             cwd=cwd,
             env=self.variables(),
@@ -118,7 +118,7 @@ class Sandbox:
     def ask(self, argv: t.Sequence[str], timeout: float) -> Output | None:
         """Run a command that only answers; None where it does not."""
         try:
-            done = subprocess.run(
+            done = subprocess.run(  # pylint: disable=ansible-bad-function
                 self.wrap(argv),
                 cwd=self.directory,
                 env=self.variables(),
