@@ -547,8 +547,8 @@ def compare_headers(before: bytes, after: bytes | None) -> str:
 
 def _windows(function: Function) -> tuple[int, int]:
     """Memory that a port reserves for a function: below 4 GiB, and prefetchable anywhere; powers of 2, in bytes."""
-    low = sum(bar["size"] for bar in function.bars or [] if bar["kind"] == "memory" and not bar["prefetchable"])
-    high = sum(bar["size"] for bar in function.bars or [] if bar["kind"] == "memory" and bar["prefetchable"])
+    low = sum(one["size"] for one in function.bars or [] if one["kind"] == "memory" and not one["prefetchable"])
+    high = sum(one["size"] for one in function.bars or [] if one["kind"] == "memory" and one["prefetchable"])
 
     def window(size: int) -> int:
         # Twice the size leaves room for the alignment; up to 2 MiB is what the firmware reserves anyway.
@@ -597,7 +597,7 @@ def _device_evidence(device: _evidence.PassedDevice, report: _evidence.GuestRepo
         "class_id": said.get("class"),
         "driver": said.get("driver"),
         "modules": list(device.drivers),
-        "memory": [[bar, first, last] for bar, first, last in report.memory.get(device.slot, [])],
+        "memory": [list(span) for span in report.memory.get(device.slot, [])],
         "details": {key: said[key] for key in known if key in said},
         "dma": None,
     }

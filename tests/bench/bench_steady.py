@@ -34,7 +34,13 @@ def play(*arguments: str, trips: pathlib.Path | None = None, steady: bool = Fals
         environment.update(SSH_TRIPS=str(trips))
         command += ["-e", f"ansible_ssh_executable={HERE / '_steady' / 'ssh'}"]
     done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout[-4000:]}")

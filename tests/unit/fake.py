@@ -184,5 +184,11 @@ class Fleet:
         }
         command = ["ansible-playbook", "-i", str(hosts), playbook, "-e", json.dumps(variables), *options]
         return subprocess.run(
-            command, env=environment, cwd=self.root, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            command,
+            env=environment,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
         )
