@@ -648,8 +648,8 @@ _MEANINGS = (
     ),
     (
         re.compile(r"(IOAS_MAP|dma_map).*Invalid argument", re.IGNORECASE),
-        "The guest's memory covers addresses that the IOMMU keeps for itself (reserved_regions of the device's IOMMU group "
-        "in sysfs), so it cannot be mapped there. virtio-iommu has such on a PC.",
+        "The guest's memory covers addresses that the IOMMU keeps for itself (reserved_regions of the device's IOMMU "
+        "group in sysfs), so it cannot be mapped there. virtio-iommu has such on a PC.",
     ),
     (
         re.compile(r"cannot set up guest memory|Cannot allocate memory", re.IGNORECASE),
