@@ -329,7 +329,8 @@ def test_a_configuration_space_that_came_back() -> None:
         ),
         (
             "-device vfio-pci,id=dev0,fd=5,iommufd=iommufd0: vfio VFIO_FD5: memory listener initialization failed: "
-            "Region pc.ram: vfio_container_dma_map(0x55ba18dbb810, 0x0, 0x10000000, 0x7f19efe00000) = -22 (Invalid argument)",
+            "Region pc.ram: vfio_container_dma_map(0x55ba18dbb810, 0x0, 0x10000000, 0x7f19efe00000) = -22 "
+            "(Invalid argument)",
             "reserved_regions",
         ),
         ("linux kernel too old to load a ram disk", None),
