@@ -26,7 +26,7 @@ Number = tuple[int, int]
 CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 # Major 10 is misc; 196 is VFIO_MINOR, the fixed minor of the legacy container /dev/vfio/vfio (linux/miscdevice.h).
-_LEGACY_CONTAINER = (10, 196)
+LEGACY_NUMBER = (10, 196)
 
 _CONTROL = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[@-Z\\-_c])|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -286,7 +286,7 @@ def observe(host: Host, process: int, iommu: Number, nodes: t.Sequence[str] = ()
             state.iommu.append(int(name))
         elif number[0] == majors.get("vfio-dev"):
             state.cdevs[int(name)] = number
-        elif number == _LEGACY_CONTAINER or number[0] == majors.get("vfio"):
+        elif number == LEGACY_NUMBER or number[0] == majors.get("vfio"):
             state.legacy.append(host.readlink(f"{base}/fd/{name}") or f"{number[0]}:{number[1]}")
     for task in host.listdir(f"{base}/task"):
         state.threads.append(_fields(host.read_text(f"{base}/task/{task}/status")))

@@ -42,9 +42,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_group,
     read_members,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._judgement import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
 from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported

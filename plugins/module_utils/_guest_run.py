@@ -33,7 +33,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._hot_plug import HotPlug
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM, LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, read_function
 
 if t.TYPE_CHECKING:
@@ -332,7 +332,7 @@ class Run:
         iommufd = [one for one in self.devices if one.backend == "iommufd" and not one.plugged]
         legacy = [one for one in self.devices if one.backend == "legacy"]
         nodes = [_launcher.IOMMU_NODE, *(one.node for one in iommufd)] if iommufd else []
-        nodes += [_judgement.LEGACY_CONTAINER, *(one.group_node for one in legacy)] if legacy else []
+        nodes += [LEGACY_CONTAINER, *(one.group_node for one in legacy)] if legacy else []
         return [*nodes, KVM] if self.ready.accelerator == "kvm" else nodes
 
     def _look_at_devices(self) -> None:

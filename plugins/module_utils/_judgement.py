@@ -17,10 +17,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._evidence import (
     QemuWords,
     peer_to_peer,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
 
 Json = dict[str, t.Any]
-
-LEGACY_CONTAINER = "/dev/vfio/vfio"
 
 _REMEDIES = {
     "cannot_open": "Leave the nodes with root (the role iommufd.host.access in mode launcher), or name a user who is "

@@ -19,12 +19,10 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _launcher
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._evidence import LEGACY_NUMBER
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._judgement import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._launch import Plan, Running, Words, hold
-
-# linux/miscdevice.h: misc, VFIO_MINOR
-_CONTAINER_NUMBER = (10, 196)
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
 
 
 @contextlib.contextmanager
@@ -62,7 +60,7 @@ def private_nodes(host: Host, plan: Plan) -> list[_launcher.PrivateNode]:
     devices = [device for device in (*plan.devices, *plan.plugged) if device.backend == "legacy"]
     if not devices:
         return []
-    nodes = {LEGACY_CONTAINER: _CONTAINER_NUMBER}
+    nodes = {LEGACY_CONTAINER: LEGACY_NUMBER}
     for device in devices:
         number = host.read_line(f"/sys/class/vfio/{device.group}/dev")
         if number is None:

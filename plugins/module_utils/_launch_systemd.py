@@ -19,9 +19,8 @@ from ansible_collections.iommufd.host.plugins.module_utils import _launcher
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._guest_unit import open_file
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._judgement import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._launch import Plan, Running, Words, hold
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, KVM
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, KVM, LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._plan import wait_until
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_devices import FIRST_DESCRIPTOR
 

@@ -73,8 +73,9 @@ def keep(host: Host, kernel: str, qemu: str, version: str, works: bool, detail: 
     """
     this = identity(host, qemu)
     new = {"kernel": kernel, "qemu": version, "binary": this, "works": works, "detail": detail}
-    others = [one for one in read_all(host) if (one["kernel"], one.get("binary")) != (kernel, this)]
-    if this is None or new in read_all(host):
+    known = read_all(host)
+    others = [one for one in known if (one["kernel"], one.get("binary")) != (kernel, this)]
+    if this is None or new in known:
         return
     # Several guests may end at once: each writes a whole file, and any of them is right.
     temporary = f"{PATH}.{os.getpid()}.tmp"
