@@ -8,9 +8,9 @@ QEMU's default configuration is all its machines. It is built without user emula
 by default, too: so the ratio is worse for us than it could be. And of x86_64 alone, which is what a user who knows
 configure would build by hand.
 
-Needs root and a source package of QEMU 9.0 or later: ``QEMU_DSC=/path/qemu_10.0.13+ds-0+deb13u1.dsc``, and the packages
-that building it needs (a build by ``qemu_build`` leaves them there). Takes as long as three builds, of which the longest
-has some 10,000 objects.
+Needs root and a source package of QEMU 9.0 or later (``QEMU_DSC=/path/qemu_10.0.13+ds-0+deb13u1.dsc``), and the
+packages that building it needs (a build by ``qemu_build`` leaves them there). Takes as long as three builds, of
+which the longest has some 10,000 objects.
 """
 
 from __future__ import annotations
