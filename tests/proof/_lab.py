@@ -267,25 +267,36 @@ class LabHost:
         options: Json,
         check_mode: bool = False,
         variables: t.Mapping[str, str] | None = None,
-        timeout: float = 900,
     ) -> Json:
-        """Run a module as a user does, by the ``ansible`` command; returns the module's result."""
+        """Run a module as a user does, by the ``ansible`` command; returns the module's result.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than a quarter of an hour, or the host got stuck meanwhile.
+        """
         command = ["ansible", "-i", str(self.directory / "inventory.yml"), self.name, "-m", module, "-a"]
         command += [json.dumps(options), *(["--check", "--diff"] if check_mode else [])]
         command += [word for item in (variables or {}).items() for word in ("-e", "=".join(item))]
         environment = dict(os.environ, ANSIBLE_NOCOLOR="1", ANSIBLE_CALLBACK_RESULT_FORMAT="json")
-        done = subprocess.run(
+        with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
             env=environment,
-            check=False,
-        )
-        match = re.search(r"^\S+ \| (\w+)!? => (\{.*\})\s*$", done.stdout, re.MULTILINE | re.DOTALL)
+        ) as process:
+            deadline = time.monotonic() + 900
+            while True:
+                try:
+                    stdout, stderr = process.communicate(timeout=20)
+                    break
+                except subprocess.TimeoutExpired:
+                    if self.is_stuck() or time.monotonic() > deadline:
+                        process.kill()
+                        raise
+        match = re.search(r"^\S+ \| (\w+)!? => (\{.*\})\s*$", stdout, re.MULTILINE | re.DOTALL)
         if match is None:
-            raise RuntimeError(f"{shlex.join(command)} answered:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise RuntimeError(f"{shlex.join(command)} answered:\n{stdout[-2000:]}{stderr[-2000:]}")
         result: Json = json.loads(match[2])
         result["failed"] = match[1] != "SUCCESS" and match[1] != "CHANGED"
         return result
