@@ -191,6 +191,11 @@ class LabHost:
         """
         return "kthread timer wakeup didn't happen" in self._console()
 
+    def last_panic(self) -> str:
+        """The last panic of its kernel, in whichever boot."""
+        found = re.findall(r"Kernel panic - not syncing: (.*)", self._console())
+        return found[-1].strip() if found else ""
+
     def free(self) -> bool:
         """Reset a host that is stuck; whether it was."""
         if not self.is_stuck():
