@@ -125,9 +125,9 @@ _value:
 import dataclasses
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils._access import can_pass
 from ansible_collections.iommufd.host.plugins.module_utils._backend import parse_facts
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt_acl import can_pass
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt_xml import convert, version_numbers
 from ansible_collections.iommufd.host.plugins.plugin_utils._refusing import check_survey, refusing
 

@@ -17,9 +17,9 @@ import dataclasses
 import re
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils._access import can_pass
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest_devices import BACKENDS, S390_KINDS, GuestDevice
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt_acl import can_pass
 
 REQUESTS = (*BACKENDS, "auto")
 

@@ -15,6 +15,13 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import (
+    merge,
+    plan_memory,
+    read_memory,
+    remembered,
+    view_of_gone,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     Group,
@@ -29,13 +36,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     ModuleIndex,
     modules_directory,
     read_config,
-)
-from ansible_collections.iommufd.host.plugins.module_utils._memory import (
-    merge,
-    plan_memory,
-    read_memory,
-    remembered,
-    view_of_gone,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names, read_names
 from ansible_collections.iommufd.host.plugins.module_utils._pci import (

@@ -17,7 +17,7 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import (
-    _initramfs,
+    _guest_image,
     _launch_libvirt,
     _launch_systemd,
     _launcher,
@@ -33,6 +33,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._backend import (
     decide,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._guest_devices import BACKENDS, parse_devices
 from ansible_collections.iommufd.host.plugins.module_utils._guest_run import CONSOLE_LINES, Run, holders
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -43,7 +44,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_members,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
-from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
@@ -519,12 +519,12 @@ def _check_programs(host: Host, ready: Ready) -> Qemu | None:
             ready.problems.append(f"{path} does not say its version: {found.problem or 'it said nothing'}.")
             found = None
     try:
-        ready.busybox = _initramfs.find_busybox(host, request.busybox)
+        ready.busybox = _guest_image.find_busybox(host, request.busybox)
     except HostError as error:
         ready.problems.append(error.message)
     try:
         ready.release = os.uname().release
-        ready.kernel = request.kernel or _initramfs.find_kernel(host, ready.release)
+        ready.kernel = request.kernel or _guest_image.find_kernel(host, ready.release)
         if not host.exists(ready.kernel):
             ready.problems.append(f"There is no kernel image {ready.kernel}.")
     except HostError as error:  # an earlier step may reboot into another kernel

@@ -18,7 +18,7 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import (
     _evidence,
-    _initramfs,
+    _guest_image,
     _judgement,
     _launch,
     _launch_direct,
@@ -138,12 +138,12 @@ class Run:
 
     def _plan(self) -> _launch.Plan:
         ready, request = self.ready, self.request
-        image = _initramfs.read_kernel(self.host, ready.kernel)
-        ready.release = _initramfs.kernel_release(image)
-        index = _initramfs.ModuleIndex(self.host, ready.release)
+        image = _guest_image.read_kernel(self.host, ready.kernel)
+        ready.release = _guest_image.kernel_release(image)
+        index = _guest_image.ModuleIndex(self.host, ready.release)
         functions = [*ready.functions, *ready.plugged]
         guests = [
-            _initramfs.GuestDevice(
+            _guest_image.GuestDevice(
                 device.slot,
                 one.class_id or "",
                 one.modalias or "",
@@ -153,7 +153,7 @@ class Run:
             for device, one in zip(self.devices, functions)
         ]
         settle = int(max(10.0, min(request.timeout / 4, 120.0)))
-        initramfs = _initramfs.build(
+        initramfs = _guest_image.build(
             self.host, index, ready.busybox, guests, settle=settle, arp_target=request.arp_target
         )
         self.modules = initramfs.modules

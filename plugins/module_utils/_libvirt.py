@@ -11,8 +11,8 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_conf
-from ansible_collections.iommufd.host.plugins.module_utils._access import DEFAULT_PATH, can_pass, installed_version
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt_acl import DEFAULT_PATH, can_pass, installed_version
 from ansible_collections.iommufd.host.plugins.module_utils._package_versions import package_versions
 
 _UNITS = ("virtqemud.service", "virtqemud.socket", "libvirtd.service", "libvirtd.socket")

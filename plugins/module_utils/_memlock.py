@@ -22,10 +22,10 @@ import os
 import re
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils._access import DAEMONS, Restart
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt_acl import DAEMONS, Restart
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, WriteFile, run
 from ansible_collections.iommufd.host.plugins.module_utils._systemd_unit import (
     RemoveDropIn,

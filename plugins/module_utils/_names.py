@@ -5,7 +5,8 @@
 """What the host calls a PCI function: its driver, its network interfaces with MACs, its disks with serial numbers.
 
 All of these go when the function goes to a guest's driver. They are remembered then, so that who named a device by one
-of them finds it again: with the devices kept across reboots (:mod:`_persistence`), or for this boot (:mod:`_memory`).
+of them finds it again: with the devices kept across reboots (:mod:`_persistence`), or for this boot
+(:mod:`_given_away`).
 """
 
 from __future__ import annotations

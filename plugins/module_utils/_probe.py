@@ -32,9 +32,9 @@ import sys
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _apparmor, _posix_acl, _probe_child, _qemu_conf
-from ansible_collections.iommufd.host.plugins.module_utils._access import Libvirt
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._libvirt_acl import Libvirt
 from ansible_collections.iommufd.host.plugins.module_utils._memlock import (
     enough,
     installed_daemons,

@@ -33,8 +33,8 @@ from ansible_collections.iommufd.host.plugins.module_utils import (
     _task_udev_access,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import read_memory
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._memory import read_memory
 from ansible_collections.iommufd.host.plugins.module_utils._outcome import Outcome
 
 Json = dict[str, t.Any]

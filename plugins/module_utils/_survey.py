@@ -13,6 +13,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _peer_to_peer
 from ansible_collections.iommufd.host.plugins.module_utils._checks import run_checks
 from ansible_collections.iommufd.host.plugins.module_utils._distribution import read_distribution
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import remembered
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     GROUPS,
@@ -33,7 +34,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     read_config,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
-from ansible_collections.iommufd.host.plugins.module_utils._memory import remembered
 from ansible_collections.iommufd.host.plugins.module_utils._names import read_names
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import has_nodes, read_nodes
 from ansible_collections.iommufd.host.plugins.module_utils._pci import DEVICES, Function, read_functions

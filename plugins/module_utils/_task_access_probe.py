@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils import _access, _probe
+from ansible_collections.iommufd.host.plugins.module_utils import _libvirt_acl, _probe
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._memlock import parse_size
@@ -38,7 +38,7 @@ def find_places(host: Host, params: t.Mapping[str, t.Any]) -> list[_probe.Place]
     """
     launcher, user, profile = params["mode"] == "launcher", params["user"], params["apparmor_profile"]
     if params["manager"] == "libvirt":
-        libvirt = _access.read_libvirt(host, _access.DEFAULT_PATH)
+        libvirt = _libvirt_acl.read_libvirt(host, _libvirt_acl.DEFAULT_PATH)
         return [_probe.libvirt_place(host, libvirt, launcher, user, profile)]
     if params["manager"] == "systemd":
         if not params["units"]:

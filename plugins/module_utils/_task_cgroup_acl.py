@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils import _access, _qemu_conf, _systemd_unit
+from ansible_collections.iommufd.host.plugins.module_utils import _libvirt_acl, _qemu_conf, _systemd_unit
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._outcome import Outcome
@@ -19,7 +19,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._udev import cdev_lin
 ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
     "manager": {"type": "str", "choices": ["libvirt", "systemd"], "required": True},
     "devices": {"type": "list", "elements": "str"},
-    "path": {"type": "path", "default": _access.DEFAULT_PATH},
+    "path": {"type": "path", "default": _libvirt_acl.DEFAULT_PATH},
     "restart": {"type": "bool", "default": True},
     "if_missing": {"type": "str", "choices": ["fail", "skip"], "default": "fail"},
     "if_passed": {"type": "str", "choices": ["merge", "skip"], "default": "merge"},
@@ -80,7 +80,7 @@ def work_libvirt(params: t.Mapping[str, t.Any], check_mode: bool, host: Host) ->
     present = params["state"] == "present"
     devices = parse_devices(params) if present else []
     path = params["path"]
-    state = _access.read_libvirt(host, path)
+    state = _libvirt_acl.read_libvirt(host, path)
     warnings: list[str] = []
     skipped = ""
     if present and state.content is None and params["if_missing"] == "skip":
@@ -88,13 +88,13 @@ def work_libvirt(params: t.Mapping[str, t.Any], check_mode: bool, host: Host) ->
     elif present and state.passes_descriptors and params["if_passed"] == "skip":
         skipped = f"libvirt {state.version} opens the nodes itself and passes the descriptors."
     if skipped or not present:
-        plan = _access.plan_absent(state, params["restart"])
+        plan = _libvirt_acl.plan_absent(state, params["restart"])
     elif state.content is None and params["pending"] and check_mode:
         plan = Plan()
         warnings.append(f"{path} is not there yet; its device list is merged once libvirt is installed.")
     else:
-        plan = _access.plan_present(state, devices, params["restart"])
-    write = next((step for step in plan.steps if isinstance(step, _access.WriteConf)), None)
+        plan = _libvirt_acl.plan_present(state, devices, params["restart"])
+    write = next((step for step in plan.steps if isinstance(step, _libvirt_acl.WriteConf)), None)
     content = state.content if write is None else write.content
     if content is not None and present and _qemu_conf.definitions(content) > 1:
         warnings.append(

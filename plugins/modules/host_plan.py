@@ -370,8 +370,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.iommufd.host.plugins.module_utils import _fingerprint, _qemu_install, _records, _site
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, normalize, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import settle
 

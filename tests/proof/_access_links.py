@@ -18,7 +18,7 @@ import subprocess
 import sys
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils import _access, _apparmor, _memlock, _probe, _udev
+from ansible_collections.iommufd.host.plugins.module_utils import _apparmor, _libvirt_acl, _memlock, _probe, _udev
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import Accounts
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
@@ -49,9 +49,9 @@ def udev(host: Host) -> Plan:
 
 def acl(present: bool) -> t.Callable[[Host], Plan]:
     def plan(host: Host) -> Plan:
-        state = _access.read_libvirt(host, _access.DEFAULT_PATH)
+        state = _libvirt_acl.read_libvirt(host, _libvirt_acl.DEFAULT_PATH)
         devices = ["/dev/iommu", *(_udev.cdev_link(address) for address in ADDRESSES)]
-        return _access.plan_present(state, devices, True) if present else _access.plan_absent(state, True)
+        return _libvirt_acl.plan_present(state, devices, True) if present else _libvirt_acl.plan_absent(state, True)
 
     return plan
 
@@ -191,7 +191,7 @@ def change(host: Host, how: str | t.Callable[[Host], Plan]) -> None:
 
 
 def probe(host: Host, launcher: bool) -> dict[str, t.Any]:
-    libvirt = _access.read_libvirt(host, _access.DEFAULT_PATH)
+    libvirt = _libvirt_acl.read_libvirt(host, _libvirt_acl.DEFAULT_PATH)
     place = _probe.libvirt_place(host, libvirt, launcher, None, None)
     return _probe.probe(host, place, _probe.find_targets(host, ADDRESSES), 1 << 30, 300)
 

@@ -29,9 +29,9 @@ import typing as t
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from ansible_collections.iommufd.host.plugins.module_utils import (
-    _access,
     _apparmor,
     _boot,
+    _libvirt_acl,
     _memlock,
     _modules_load,
     _qemu_conf,
@@ -51,7 +51,7 @@ GUESTS = ["512M"]
 DROP_IN = pathlib.Path("/etc/default/grub.d/60-iommufd-host.cfg")
 LOAD = pathlib.Path("/etc/modules-load.d/iommufd-host.conf")
 GRUB = pathlib.Path("/boot/grub/grub.cfg")
-QEMU_CONF = pathlib.Path(_access.DEFAULT_PATH)
+QEMU_CONF = pathlib.Path(_libvirt_acl.DEFAULT_PATH)
 RULES = pathlib.Path(_udev.DEFAULT_PATH)
 # As the package has brought it, kept by the first call.
 SHIPPED_CONF = pathlib.Path("/var/tmp/proof-qemu.conf")
@@ -87,8 +87,8 @@ def rules(present: bool) -> Plan:
 
 
 def device_list(present: bool) -> Plan:
-    state = _access.read_libvirt(Host(), _access.DEFAULT_PATH)
-    return _access.plan_present(state, ["/dev/iommu"], True) if present else _access.plan_absent(state, True)
+    state = _libvirt_acl.read_libvirt(Host(), _libvirt_acl.DEFAULT_PATH)
+    return _libvirt_acl.plan_present(state, ["/dev/iommu"], True) if present else _libvirt_acl.plan_absent(state, True)
 
 
 def apparmor(present: bool) -> Plan:

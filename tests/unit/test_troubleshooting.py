@@ -23,7 +23,6 @@ _LETTERS = 7  # a fragment with fewer would fit anything
 
 # Messages of which too little is known beforehand: what they pass on is itself a message, or another program's words.
 PASSED_ON = {
-    "_access.py:_plan": "what _qemu_conf says of libvirt's configuration",
     "_ansible.py:_carry_out": "a warning of the module's",
     "_ansible.py:normalize": "what Ansible says of arguments",
     "_ansible.py:run_module": "the error that ends the module",
@@ -32,12 +31,13 @@ PASSED_ON = {
     "_child.py:_await": "what the caller says of a driver that does not end",
     "_child.py:do": "what the process that writes to sysfs says",
     "_dkms.py:_warn_of_secure_boot": "SecureBoot.warning",
-    "_guest.py:_check_programs": "what _initramfs says",
+    "_guest.py:_check_programs": "what _guest_image says",
     "_guest.py:prepare": "what stands in the way",
     "_judgement.py:_judge_cdevs": "a part of what is judged",
     "_lab_host.py:failure": "the message of a host",
     "_lab_image.py:_install_boot_loader": "the message of the boot",
     "_lab_run.py:_failure": "a program and its last words",
+    "_libvirt_acl.py:_plan": "what _qemu_conf says of libvirt's configuration",
     "_modules_load.py:apply": "modprobe's words",
     "_packages.py:_simulate": "apt's words",
     "_qemu_source.py:_damaged": "the archive and the reason",

@@ -40,7 +40,7 @@ def write_initramfs(script: str, addresses: list[str]) -> None:
     """The same file system as the module makes."""
     subprocess.run([sys.executable, script, "explode"], cwd=os.path.dirname(script), stdout=subprocess.PIPE, check=True)
     sys.path.insert(0, os.path.join(os.path.dirname(script), "debug_dir"))
-    from ansible_collections.iommufd.host.plugins.module_utils import _initramfs, _qemu_command
+    from ansible_collections.iommufd.host.plugins.module_utils import _guest_image, _qemu_command
     from ansible_collections.iommufd.host.plugins.module_utils._host import Host
     from ansible_collections.iommufd.host.plugins.module_utils._pci import read_function
 
@@ -51,8 +51,8 @@ def write_initramfs(script: str, addresses: list[str]) -> None:
         if one is None:
             raise SystemExit(f"there is no {address}")
         slot = _qemu_command.guest_slot(number)
-        devices.append(_initramfs.GuestDevice(slot, one.class_id or "", one.modalias or ""))
-    made = _initramfs.build(host, _initramfs.ModuleIndex(host, os.uname().release), "/usr/bin/busybox", devices)
+        devices.append(_guest_image.GuestDevice(slot, one.class_id or "", one.modalias or ""))
+    made = _guest_image.build(host, _guest_image.ModuleIndex(host, os.uname().release), "/usr/bin/busybox", devices)
     with open(INITRAMFS, "wb") as file:
         file.write(made.data)
 

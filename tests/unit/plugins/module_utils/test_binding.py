@@ -20,8 +20,8 @@ from ansible_collections.iommufd.host.plugins.module_utils._binding import (
     verify,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import MEMORY
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import by_address
-from ansible_collections.iommufd.host.plugins.module_utils._memory import MEMORY
 from ansible_collections.iommufd.host.plugins.module_utils._names import Names
 from ansible_collections.iommufd.host.plugins.module_utils._pci import read_functions
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import CONF, Entry, render

@@ -10,7 +10,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _guest, _guest_run, _initramfs
+from ansible_collections.iommufd.host.plugins.module_utils import _guest, _guest_image, _guest_run
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu
@@ -187,7 +187,7 @@ def capable(ready_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine on which a guest could be started; a QEMU cannot be asked in a tree."""
     binary = Qemu(path="/usr/bin/qemu", target="/usr/bin/qemu", version="11.1.2", iommufd=True, passing=True)
     monkeypatch.setattr(_guest, "read_qemu", lambda _host, _path: binary)
-    monkeypatch.setattr(_initramfs, "find_busybox", lambda _host, _wanted: "/bin/busybox")
+    monkeypatch.setattr(_guest_image, "find_busybox", lambda _host, _wanted: "/bin/busybox")
     ready_machine.file("/usr/bin/qemu-system-x86_64", "x")
     ready_machine.at("/usr/bin/qemu-system-x86_64").chmod(0o755)
     for group in (12, 13):

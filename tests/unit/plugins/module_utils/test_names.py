@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ansible_collections.iommufd.host.plugins.module_utils._memory import MEMORY, plan_memory, read_memory, remembered
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import (
+    MEMORY,
+    plan_memory,
+    read_memory,
+    remembered,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._names import (
     Disk,
     Interface,

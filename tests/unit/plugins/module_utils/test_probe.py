@@ -17,7 +17,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _access, _probe, _probe_child
+from ansible_collections.iommufd.host.plugins.module_utils import _libvirt_acl, _probe, _probe_child
 from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl as acl
 from ansible_collections.iommufd.host.plugins.module_utils import _task_access_probe as access_probe
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
@@ -249,7 +249,7 @@ def libvirt_host(machine: Machine) -> Machine:
 def libvirt_place(machine: Machine, conf: str = "", launcher: bool = False, **options: t.Any) -> Place:
     if conf:
         machine.file("/etc/libvirt/qemu.conf", conf)
-    libvirt = _access.read_libvirt(machine.host, _access.DEFAULT_PATH)
+    libvirt = _libvirt_acl.read_libvirt(machine.host, _libvirt_acl.DEFAULT_PATH)
     return _probe.libvirt_place(machine.host, libvirt, launcher, options.get("user"), options.get("profile"))
 
 

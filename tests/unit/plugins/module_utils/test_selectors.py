@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ansible_collections.iommufd.host.plugins.module_utils import _selectors
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._given_away import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._memory import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._selectors import (
     CLASSES,
     Choice,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _initramfs
+from ansible_collections.iommufd.host.plugins.module_utils import _guest_image
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._guest_image import GuestDevice, ModuleIndex
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._initramfs import GuestDevice, ModuleIndex
 
 RELEASE = "6.12.117+deb13-amd64"
 NVME = "pci:v00001B36d00000010sv00001AF4sd00001100bc01sc08i02"
@@ -111,7 +111,7 @@ def test_zstd() -> None:
     packed = subprocess.run(["zstd", "-q", "-c"], input=plain, stdout=subprocess.PIPE, check=True).stdout
     # From a pipe the frame does not say its size; from a file, as kernel builds do it, it does.
     with pytest.raises(HostError, match="how large"):
-        _initramfs.decompress("m.ko.zst", packed)
+        _guest_image.decompress("m.ko.zst", packed)
 
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="no zstd to make the input with")
@@ -120,15 +120,15 @@ def test_zstd_file(tmp_path: Path) -> None:
     (tmp_path / "m.ko").write_bytes(plain)
     subprocess.run(["zstd", "-q", str(tmp_path / "m.ko")], check=True)
     packed = (tmp_path / "m.ko.zst").read_bytes()
-    assert _initramfs.decompress("m.ko.zst", packed) == plain
+    assert _guest_image.decompress("m.ko.zst", packed) == plain
     with pytest.raises(HostError, match="damaged"):
-        _initramfs.decompress("m.ko.zst", packed[: len(packed) // 2])
+        _guest_image.decompress("m.ko.zst", packed[: len(packed) // 2])
 
 
 @pytest.mark.parametrize("damaged", [lzma.compress(b"x" * 1000)[:-30], gzip.compress(b"x" * 1000, mtime=0)[:-9]])
 def test_damaged_modules(damaged: bytes) -> None:
     with pytest.raises(HostError, match=r"/lib/m\.ko"):
-        _initramfs.decompress("/lib/m.ko", damaged)
+        _guest_image.decompress("/lib/m.ko", damaged)
 
 
 def test_a_kernel_without_modules(host: Host) -> None:
@@ -149,13 +149,13 @@ def image(release: str) -> bytes:
 
 
 def test_kernel_release() -> None:
-    assert _initramfs.kernel_release(image(RELEASE)) == RELEASE
+    assert _guest_image.kernel_release(image(RELEASE)) == RELEASE
 
 
 @pytest.mark.parametrize("content", [b"", b"localhost\n", b"\x7fELF" + bytes(5000)])
 def test_no_kernel_image(content: bytes) -> None:
     with pytest.raises(HostError, match="no kernel image"):
-        _initramfs.kernel_release(content)
+        _guest_image.kernel_release(content)
 
 
 @pytest.mark.parametrize("place", [f"boot/vmlinuz-{RELEASE}", f"usr/lib/modules/{RELEASE}/vmlinuz"])
@@ -163,9 +163,9 @@ def test_find_kernel(tmp_path: Path, place: str) -> None:
     (tmp_path / place).parent.mkdir(parents=True)
     (tmp_path / place).write_bytes(image(RELEASE))
     host = Host(str(tmp_path))
-    assert _initramfs.find_kernel(host, RELEASE) == f"/{place}"
+    assert _guest_image.find_kernel(host, RELEASE) == f"/{place}"
     with pytest.raises(HostError, match=r"6\.99"):
-        _initramfs.find_kernel(host, "6.99")
+        _guest_image.find_kernel(host, "6.99")
 
 
 # -- busybox
@@ -184,10 +184,10 @@ def elf(interpreter: bytes) -> bytes:
 
 
 def test_interpreter() -> None:
-    assert _initramfs.interpreter(elf(b"/lib64/ld-linux-x86-64.so.2")) == "/lib64/ld-linux-x86-64.so.2"
-    assert _initramfs.interpreter(elf(b"")) is None
-    assert _initramfs.interpreter(b"#!/bin/sh\n") is None
-    assert _initramfs.interpreter(elf(b"/lib")[:100]) is None
+    assert _guest_image.interpreter(elf(b"/lib64/ld-linux-x86-64.so.2")) == "/lib64/ld-linux-x86-64.so.2"
+    assert _guest_image.interpreter(elf(b"")) is None
+    assert _guest_image.interpreter(b"#!/bin/sh\n") is None
+    assert _guest_image.interpreter(elf(b"/lib")[:100]) is None
 
 
 def test_libraries() -> None:
@@ -198,7 +198,7 @@ def test_libraries() -> None:
         "\tlibgone.so.1 => not found\n"
         "\t/lib64/ld-linux-x86-64.so.2 (0x00007f4a26841000)\n"
     )
-    assert _initramfs.libraries(listing) == [
+    assert _guest_image.libraries(listing) == [
         "/lib/x86_64-linux-gnu/libresolv.so.2",
         "/lib/x86_64-linux-gnu/libc.so.6",
         "/lib64/ld-linux-x86-64.so.2",
@@ -207,7 +207,7 @@ def test_libraries() -> None:
 
 def test_busybox_missing(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="apt install busybox-static"):
-        _initramfs.find_busybox(Host(str(tmp_path)))
+        _guest_image.find_busybox(Host(str(tmp_path)))
 
 
 # -- archive
@@ -219,7 +219,7 @@ def test_archive_holds_what_the_devices_need_and_no_more(host: Host) -> None:
         GuestDevice("0000:00:03.0", "0x00ff00", EDU),
         GuestDevice("0000:00:04.0", "0x030200", VGA),
     ]
-    made = _initramfs.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, 1 << 20, 30)
+    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, 1 << 20, 30)
     assert made.modules == ("nvme_auth", "nvme_core", "nvme")
     assert made.drivers == {"0000:00:02.0": ("nvme",), "0000:00:03.0": (), "0000:00:04.0": ()}
     names = archive_names(made.data)
@@ -246,7 +246,7 @@ def test_archive_holds_what_the_devices_need_and_no_more(host: Host) -> None:
 
 def test_two_devices_of_one_driver_share_its_module(host: Host) -> None:
     devices = [GuestDevice("0000:00:02.0", "0x020000", E1000E), GuestDevice("0000:00:03.0", "0x020000", E1000E)]
-    made = _initramfs.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices)
+    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices)
     assert made.modules == ("e1000e",)
     assert made.firmware == dict.fromkeys(("0000:00:02.0", "0000:00:03.0"), ("intel/e1000e.bin",))
 
@@ -256,7 +256,7 @@ def test_a_device_that_comes_later_has_its_driver_and_is_not_waited_for(host: Ho
         GuestDevice("0000:00:02.0", "0x00ff00", EDU),
         GuestDevice("0000:01:00.0", "0x010802", NVME, plugged=True, expendable=True),
     ]
-    made = _initramfs.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, arp_target="192.0.2.1")
+    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, arp_target="192.0.2.1")
     assert made.modules == ("nvme_auth", "nvme_core", "nvme")
     assert archive_file(made.data, "guest/devices") == b"0000:00:02.0 nothing\n"
     assert archive_file(made.data, "guest/wants") == b"0000:00:02.0 nothing\n0000:01:00.0 disk\n"
@@ -266,5 +266,5 @@ def test_a_device_that_comes_later_has_its_driver_and_is_not_waited_for(host: Ho
 
 def test_init_is_valid_shell() -> None:
     shell = ["busybox", "sh", "-n"] if shutil.which("busybox") else ["sh", "-n"]
-    done = subprocess.run(shell, input=_initramfs.INIT.encode(), capture_output=True, check=False)
+    done = subprocess.run(shell, input=_guest_image.INIT.encode(), capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

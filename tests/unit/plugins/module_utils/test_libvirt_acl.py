@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _access, _qemu_conf
+from ansible_collections.iommufd.host.plugins.module_utils import _libvirt_acl, _qemu_conf
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
@@ -42,8 +42,8 @@ def host(root: pathlib.Path, conf: str | None = OLD, version: str | None = None,
     return Host(str(root))
 
 
-def read(host: Host) -> _access.Libvirt:
-    return _access.read_libvirt(host, _access.DEFAULT_PATH)
+def read(host: Host) -> _libvirt_acl.Libvirt:
+    return _libvirt_acl.read_libvirt(host, _libvirt_acl.DEFAULT_PATH)
 
 
 def test_the_default_is_the_one_in_the_file(tmp_path: pathlib.Path) -> None:
@@ -73,8 +73,8 @@ def test_without_a_comment_the_version_decides(
 def test_guests_keep_kvm_where_libvirt_gives_it_only_without_a_list(tmp_path: pathlib.Path) -> None:
     conf = '#cgroup_device_acl = [\n#    "/dev/null", "/dev/userfaultfd"\n#]\n'
     state = read(host(tmp_path, conf, "12.8.0"))
-    (write,) = [step for step in _access.plan_present(state, ["/dev/iommu"], True).steps if step.subject]
-    assert isinstance(write, _access.WriteConf)
+    (write,) = [step for step in _libvirt_acl.plan_present(state, ["/dev/iommu"], True).steps if step.subject]
+    assert isinstance(write, _libvirt_acl.WriteConf)
     assert _qemu_conf.active_list(write.content) == ["/dev/null", "/dev/userfaultfd", "/dev/kvm", "/dev/iommu"]
     assert _qemu_conf.strip(write.content, state.default) == conf.encode()
     # A list that an earlier version of ours wrote without it is written anew.
@@ -90,32 +90,32 @@ def test_nothing_known(tmp_path: pathlib.Path) -> None:
 
 def test_plan(tmp_path: pathlib.Path) -> None:
     state = dataclasses.replace(read(host(tmp_path)), running_daemons=("libvirtd.service",))
-    plan = _access.plan_present(state, ["/dev/iommu"], True)
+    plan = _libvirt_acl.plan_present(state, ["/dev/iommu"], True)
     assert plan.summary() == [
         "write cgroup_device_acl in /etc/libvirt/qemu.conf",
         "restart libvirtd.service (guests keep running)",
     ]
-    assert len(_access.plan_present(state, ["/dev/iommu"], False).steps) == 1
+    assert len(_libvirt_acl.plan_present(state, ["/dev/iommu"], False).steps) == 1
     step = plan.steps[0]
-    assert isinstance(step, _access.WriteConf)
+    assert isinstance(step, _libvirt_acl.WriteConf)
     done = dataclasses.replace(state, content=step.content)
-    assert _access.plan_present(done, ["/dev/iommu"], True).summary() == []
+    assert _libvirt_acl.plan_present(done, ["/dev/iommu"], True).summary() == []
     # A killed run wrote the file and did not restart the daemon.
     stale = dataclasses.replace(done, stale_daemons=("libvirtd.service",))
-    assert _access.plan_present(stale, ["/dev/iommu"], True).summary() == plan.summary()[1:]
+    assert _libvirt_acl.plan_present(stale, ["/dev/iommu"], True).summary() == plan.summary()[1:]
     # Somebody else's edit of a file without anything of ours is none of our business.
     foreign = dataclasses.replace(state, stale_daemons=("libvirtd.service",))
-    assert _access.plan_absent(foreign, True).summary() == []
-    absent = _access.plan_absent(done, True)
-    assert isinstance(absent.steps[0], _access.WriteConf)
+    assert _libvirt_acl.plan_absent(foreign, True).summary() == []
+    absent = _libvirt_acl.plan_absent(done, True)
+    assert isinstance(absent.steps[0], _libvirt_acl.WriteConf)
     assert absent.steps[0].content == state.content
 
 
 def test_a_missing_file(tmp_path: pathlib.Path) -> None:
     state = read(host(tmp_path, None))
     with pytest.raises(HostError, match="libvirt's QEMU driver is not installed"):
-        _access.plan_present(state, ["/dev/iommu"], True)
-    assert _access.plan_absent(state, True).summary() == []
+        _libvirt_acl.plan_present(state, ["/dev/iommu"], True)
+    assert _libvirt_acl.plan_absent(state, True).summary() == []
 
 
 def test_a_file_that_libvirt_refuses_is_left_alone(tmp_path: pathlib.Path) -> None:
@@ -128,15 +128,15 @@ def test_a_list_that_is_none(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         HostError, match=r"^/etc/libvirt/qemu\.conf: line 1: cgroup_device_acl is not a list of strings"
     ):
-        _access.plan_present(state, ["/dev/iommu"], True)
+        _libvirt_acl.plan_present(state, ["/dev/iommu"], True)
 
 
 def test_the_write_keeps_owner_and_mode_and_is_taken_back_to_the_byte(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "qemu.conf"
     path.write_text(OLD)
     path.chmod(0o600)
-    state = _access.Libvirt(str(path), OLD.encode(), ("/dev/null", "/dev/kvm"), "")
-    plan = _access.plan_present(state, ["/dev/iommu"], False)
+    state = _libvirt_acl.Libvirt(str(path), OLD.encode(), ("/dev/null", "/dev/kvm"), "")
+    plan = _libvirt_acl.plan_present(state, ["/dev/iommu"], False)
     plan.apply()
     assert path.stat().st_mode & 0o777 == 0o600
     assert _qemu_conf.active_list(path.read_bytes()) == ["/dev/null", "/dev/kvm", "/dev/iommu"]
