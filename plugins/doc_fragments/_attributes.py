@@ -68,3 +68,30 @@ attributes:
     platforms: linux
     support: full
 """
+
+    # A module whose devices are selectors.
+    SELECTING = r"""
+options: {}
+attributes:
+  action:
+    description: A part of this module runs on the controller.
+    support: full
+    details:
+      - Only for a selector with C(query), which the controller evaluates after one survey of the host.
+"""
+
+    # A module that is its action plugin: it reports on the hosts of a play, and runs on none.
+    REPORTS = r"""
+options: {}
+attributes:
+  action:
+    description: Indicates this has a corresponding action plugin, so that it can be executed on the controller.
+    support: full
+  check_mode:
+    support: full
+  idempotent:
+    support: full
+  platform:
+    platforms: posix
+    support: full
+"""

@@ -85,7 +85,7 @@ class Request:
         expendable: addresses of disks of which a part may be written.
         arp_target: address of IPv4 that network devices ask for; empty: no frame is sent.
         user: name of the unprivileged user that QEMU runs as; libvirt has its own.
-        qemu: path of the binary; empty: the distribution's.
+        qemu: path of the binary; empty: the one that was built and installed, else the distribution's.
         busybox: path; empty: found.
         kernel: path of the guest's kernel; empty: the running one.
         memory: of the guest, in MiB.
@@ -197,6 +197,28 @@ class Ready:
 
 
 # -- what is wanted ----------------------------------------------------------------------------------------------------
+
+
+# What a guest is verified with, as options of guest_verify and of the plan of a host.
+GUEST_OPTIONS: dict[str, Json] = {
+    "launcher": {"type": "str", "choices": ["direct", "systemd", "libvirt", "self"], "default": "direct"},
+    "started_by": {"type": "str", "choices": ["module", "libvirt"], "default": "module"},
+    "backend": {"type": "str", "choices": ["legacy", "iommufd", "auto"], "default": "iommufd"},
+    "backends": {"type": "dict", "default": {}},
+    "iommufds": {"type": "dict", "default": {}},
+    "hot_plug": {"type": "list", "elements": "raw", "default": []},
+    "hot_plug_expected": {"type": "bool", "default": False},
+    "expendable": {"type": "list", "elements": "str", "default": []},
+    "arp_target": {"type": "str"},
+    "qemu": {"type": "path"},
+    "user": {"type": "str", "default": "nobody"},
+    "memory": {"type": "int", "default": 256},
+    "cpus": {"type": "int", "default": 1},
+    "memlock": {"type": "int"},
+    "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
+    "timeout": {"type": "int", "default": 600},
+    "busybox": {"type": "path"},
+}
 
 
 def read_request(host: Host, options: t.Mapping[str, t.Any], check_mode: bool) -> tuple[Request, list[str]]:

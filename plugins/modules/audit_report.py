@@ -12,7 +12,7 @@ module: audit_report
 short_description: Write the report of a fleet's survey
 version_added: 0.2.0
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 description:
   - Takes what M(iommufd.host.iommufd_info) returned for each host of a play and writes one report of all of them on the
     controller, for people and for machines. Nothing runs on a host.
@@ -23,6 +23,7 @@ description:
     C(node.iommu) and C(qemu.iommufd) was skipped. What could not be told has not been shown to be ready.
 extends_documentation_fragment:
   - iommufd.host._attributes
+  - iommufd.host._attributes.reports
 options:
   path:
     description:
@@ -45,22 +46,13 @@ options:
     type: int
     default: 40
 attributes:
-  check_mode:
-    support: full
   diff_mode:
     support: full
     details:
       - The difference shown is that of the two tables.
   idempotent:
-    support: full
     details:
       - Every run writes the files with its own time. The result is changed when something else in the report differs.
-  platform:
-    platforms: posix
-    support: full
-  action:
-    description: Indicates this has a corresponding action plugin, so that it can be executed on the controller.
-    support: full
 seealso:
   - module: iommufd.host.iommufd_info
 """

@@ -20,12 +20,8 @@ extends_documentation_fragment:
   - iommufd.host._attributes
   - iommufd.host._attributes.actiongroup
   - iommufd.host._attributes.reads
-attributes:
-  action:
-    description: A part of this module runs on the controller.
-    support: full
-    details:
-      - Only for a selector with C(query), which the controller evaluates after one survey of the host.
+  - iommufd.host._attributes.selecting
+  - iommufd.host._guest.verify
 options:
   kernel:
     description: Options of the role C(iommufd.host.kernel) without their prefix. Without them that role is left out.
@@ -185,95 +181,6 @@ options:
   verify:
     description: Options of the role C(iommufd.host.verify) without their prefix. Without them that role is left out.
     type: dict
-    suboptions:
-      devices:
-        description: C(verify_devices).
-        type: list
-        elements: raw
-        default: []
-      enabled:
-        description: C(verify_enabled).
-        type: bool
-        default: true
-      when:
-        description: C(verify_when).
-        type: str
-        choices: [always, changed]
-        default: always
-      max_age:
-        description: C(verify_max_age).
-        type: int
-        default: 7
-      launcher:
-        description: C(verify_launcher).
-        type: str
-        choices: [direct, systemd, libvirt, self]
-        default: direct
-      started_by:
-        description: C(verify_started_by).
-        type: str
-        choices: [module, libvirt]
-        default: module
-      backend:
-        description: C(verify_backend).
-        type: str
-        choices: [legacy, iommufd, auto]
-        default: iommufd
-      backends:
-        description: C(verify_backends).
-        type: dict
-        default: {}
-      iommufds:
-        description: C(verify_iommufds).
-        type: dict
-        default: {}
-      hot_plug:
-        description: C(verify_hot_plug).
-        type: list
-        elements: raw
-        default: []
-      hot_plug_expected:
-        description: C(verify_hot_plug_expected).
-        type: bool
-        default: false
-      expendable:
-        description: C(verify_expendable).
-        type: list
-        elements: str
-        default: []
-      arp_target:
-        description: C(verify_arp_target).
-        type: str
-      memlock:
-        description: C(verify_memlock).
-        type: int
-      qemu:
-        description: C(verify_qemu).
-        type: path
-      busybox:
-        description: C(verify_busybox).
-        type: path
-      user:
-        description: C(verify_user).
-        type: str
-        default: nobody
-      memory:
-        description: C(verify_memory).
-        type: int
-        default: 256
-      cpus:
-        description: C(verify_cpus).
-        type: int
-        default: 1
-      accelerator:
-        description: C(verify_accelerator).
-        type: str
-        choices: [auto, kvm, tcg]
-        default: auto
-      timeout:
-        description: C(verify_timeout).
-        type: int
-        default: 600
   look_back:
     description:
       - Tell as well what an earlier run has left on the host, role by role, and what the roles were asked for then.
@@ -371,6 +278,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import _fingerprint, 
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, normalize, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._given_away import find_devices
+from ansible_collections.iommufd.host.plugins.module_utils._guest import GUEST_OPTIONS
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import settle
@@ -437,23 +345,7 @@ ARGUMENT_SPEC: dict[str, Json] = {
             "enabled": _option("bool", True),
             "when": _option("str", "always", choices=["always", "changed"]),
             "max_age": _option("int", 7),
-            "launcher": _option("str", "direct", choices=["direct", "systemd", "libvirt", "self"]),
-            "started_by": _option("str", "module", choices=["module", "libvirt"]),
-            "backend": _option("str", "iommufd", choices=["legacy", "iommufd", "auto"]),
-            "backends": _option("dict", {}),
-            "iommufds": _option("dict", {}),
-            "hot_plug": _option("list", [], elements="raw"),
-            "hot_plug_expected": _option("bool", False),
-            "expendable": _option("list", [], elements="str"),
-            "arp_target": _option("str"),
-            "memlock": _option("int"),
-            "qemu": _option("path"),
-            "busybox": _option("path"),
-            "user": _option("str", "nobody"),
-            "memory": _option("int", 256),
-            "cpus": _option("int", 1),
-            "accelerator": _option("str", "auto", choices=["auto", "kvm", "tcg"]),
-            "timeout": _option("int", 600),
+            **GUEST_OPTIONS,
         },
     },
     "look_back": _option("bool", False),

@@ -12,7 +12,7 @@ module: rollout_report
 short_description: Tell where a rollout is, and write its report
 version_added: 0.2.0
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 description:
   - A part of the playbook C(iommufd.host.rollout), which decides whether the next wave starts, and writes on the
     controller what became of each host. Nothing runs on a host.
@@ -22,6 +22,7 @@ description:
     killed.
 extends_documentation_fragment:
   - iommufd.host._attributes
+  - iommufd.host._attributes.reports
 options:
   state:
     description: Where the playbook is. V(checked) only checks O(policy), and writes nothing.
@@ -70,7 +71,6 @@ options:
         default: ""
 attributes:
   check_mode:
-    support: full
     details:
       - In check mode no report is written.
   diff_mode:
@@ -78,15 +78,8 @@ attributes:
     details:
       - This module changes no host.
   idempotent:
-    support: full
     details:
       - The report is that of this very run. The result is never changed.
-  platform:
-    platforms: posix
-    support: full
-  action:
-    description: Indicates this has a corresponding action plugin, so that it can be executed on the controller.
-    support: full
 seealso:
   - module: iommufd.host.audit_report
 """

@@ -26,8 +26,8 @@ description:
   - The kernel argument C(iommufd_host=off) turns that off for one boot.
 extends_documentation_fragment:
   - iommufd.host._attributes
-  - iommufd.host._attributes.ACTIONGROUP
-  - iommufd.host._attributes.CHANGES
+  - iommufd.host._attributes.actiongroup
+  - iommufd.host._attributes.changes
 options:
   pfs:
     description:
@@ -143,7 +143,7 @@ notes:
   - With most drivers the interface of the PF must be up for its VFs to have a link. That is the business of the host's
     network configuration; this module leaves it alone.
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 """
 
 EXAMPLES = r"""

@@ -22,16 +22,11 @@ description:
     through the devices, and when a device appears later. The kernel log shows each device that it hands over. A device
     of another kind at the address is left alone, and a device that the host uses by then as well.
   - The kernel argument C(iommufd_host=off) leaves all devices with the host for one boot.
-attributes:
-  action:
-    description: A part of this module runs on the controller.
-    support: full
-    details:
-      - Only for a selector with C(query), which the controller evaluates after one survey of the host.
 extends_documentation_fragment:
   - iommufd.host._attributes
-  - iommufd.host._attributes.ACTIONGROUP
-  - iommufd.host._attributes.CHANGES
+  - iommufd.host._attributes.actiongroup
+  - iommufd.host._attributes.changes
+  - iommufd.host._attributes.selecting
 options:
   devices:
     description:
@@ -207,7 +202,7 @@ options:
     type: bool
     default: false
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 """
 
 EXAMPLES = r"""

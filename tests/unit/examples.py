@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib
 import pathlib
 import re
 import textwrap
@@ -25,9 +26,13 @@ TEXTS = (
     *sorted(str(path.relative_to(CHECKOUT)) for path in CHECKOUT.glob("roles/*/README.md")),
     *sorted(str(path.relative_to(CHECKOUT)) for path in CHECKOUT.glob("docs/docsite/rst/*.rst")),
 )
-# Variables of playbooks, which no role declares (comments at the top of each playbook tell of them).
+# Inventories, and tasks that they name as hooks.
+FILES = tuple(
+    str(path.relative_to(CHECKOUT)) for path in sorted(CHECKOUT.glob("examples/*/*.yml")) if path.name != "awx.yml"
+)
+# Variables of playbooks, which no role declares (comments at the top of each playbook tell of them), and of the hooks.
 PLAY_VARIABLES = re.compile(
-    r"iommufd_hosts|lab_hosts|audit_(dir|fail|table_hosts|pipelining|root)|ansible_[a-z_]+"
+    r"drain_to|iommufd_hosts|lab_hosts|audit_(dir|fail|table_hosts|pipelining|root)|ansible_[a-z_]+"
     r"|rollout_(waves|require|on_failure|max_failures|put_back|dir|window|timezone|reconnect|drain|post|failed)"
 )
 
@@ -85,8 +90,25 @@ def documented(kind: str) -> dict[str, dict[str, t.Any]]:
                 name = node.targets[0].id
                 if name in ("DOCUMENTATION", "EXAMPLES") and isinstance(node.value, ast.Constant):
                     texts[name] = yaml.safe_load(str(node.value.value))
+        options = texts["DOCUMENTATION"].setdefault("options", {})
+        for fragment in texts["DOCUMENTATION"].get("extends_documentation_fragment", ()):
+            for name, option in fragment_options(fragment).items():
+                options[name] = {**option, **options.get(name, {})}
         found[path.stem] = texts
     return found
+
+
+def fragment_options(name: str) -> dict[str, t.Any]:
+    """The options of a documentation fragment of ours ("iommufd.host._guest.verify")."""
+    file, _, part = name.removeprefix(COLLECTION).partition(".")
+    module = importlib.import_module(f"ansible_collections.iommufd.host.plugins.doc_fragments.{file}")
+    text = getattr(module.ModuleDocFragment, part.upper() or "DOCUMENTATION")
+    options: dict[str, t.Any] = yaml.safe_load(text)["options"]
+    return options
+
+
+def of_files() -> list[Example]:
+    return [Example(path, "yaml", (CHECKOUT / path).read_text()) for path in FILES]
 
 
 def of_modules() -> list[Example]:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""That every example in a text for people is one that works.
+"""That every example in a text for people, and each of the directory examples, is one that works.
 
 It is parsed as what it is, its variables and arguments are held against what roles and modules document, playbooks pass
 Ansible's own syntax check, and commands name what there is. What the examples of filters and of the survey show is run
@@ -31,7 +31,7 @@ from ansible_collections.iommufd.host.tests.unit import examples
 from ansible_collections.iommufd.host.tests.unit.examples import CHECKOUT, COLLECTION, Example
 
 LANGUAGES = {"yaml", "console", "text", "ini", ""}
-ALL = [*examples.of_texts(), *examples.of_modules()]
+ALL = [*examples.of_texts(), *examples.of_modules(), *examples.of_files()]
 YAML = [example for example in ALL if example.language == "yaml"]
 CONSOLE = [example for example in ALL if example.language == "console"]
 # Keywords of a task that are no module.
@@ -45,6 +45,7 @@ def content(example: Example) -> t.Any:
 def test_examples_are_found() -> None:
     for path in examples.TEXTS:
         assert any(example.place.startswith(f"{path}:") for example in ALL), path
+    assert {"examples/demo/hosts.yml", "examples/fleet/inventory.yml"} <= set(examples.FILES)
     assert len(YAML) > 50
     assert len(CONSOLE) > 10
 
@@ -261,6 +262,10 @@ def test_a_mistake_would_be_found() -> None:
     assert examples.variable_objections({"access_mode": "grup"}) != []
     assert examples.module_objections("vfio_bind", {"device": ["0000:01:00.0"]}) != []
     assert examples.module_objections("access_probe", {"mode": "group"}) != []
+    # Of a documentation fragment.
+    assert examples.module_objections("guest_verify", {"devices": ["0000:01:00.0"], "launcher": "none"}) != []
+    assert examples.module_objections("host_plan", {"verify": {"launcher": "systemd"}}) == []
+    assert examples.module_objections("host_plan", {"verify": {"launcher": "none"}}) != []
     assert role_objections({"role": "iommufd.host.verify", "verify_cpus": "many"}) != []
     assert playbook_command_objections(["-i", "hosts.yml", "iommufd.host.sight"]) != []
     assert playbook_command_objections(["-i", "hosts.yml", "iommufd.host.site", "-e", "kernel_rebot=true"]) != []
