@@ -50,7 +50,6 @@ from ansible_collections.iommufd.host.plugins.module_utils._qemu_source import F
 
 PHASES = ("unpack", "configure", "compile", "install", "check", "pack")
 
-_LOG_TAIL = 40
 _LICENCES = ("COPYING", "COPYING.LIB", "LICENSE")
 
 Json = dict[str, t.Any]

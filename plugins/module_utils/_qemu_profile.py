@@ -330,7 +330,7 @@ def features_on(request: Request) -> list[str]:
 
 
 def packages(request: Request, traits: Traits) -> list[str]:
-    """Debian's packages that a build needs, the versioned meson (see :func:`meson_minimum`) left out."""
+    """Debian's packages that a build needs, the versioned meson (``Traits.meson``) left out."""
     found = list(_BASE_PACKAGES)
     if request.profile == "passthrough":
         found.append("libfdt-dev")

@@ -44,25 +44,19 @@ def _row(name: str, row: Json) -> str:
     status = _escape(row["status"].replace("_", " "))
     details = ""
     if row["plan"]:
-        steps = "".join(
-            f"<li>{_escape(role)}: {_escape(step)}</li>" for role, part in row["plan"].items() for step in part
-        )
-        details += f"<details><summary>Plan</summary><ol>{steps}</ol></details>"
+        details += _details("Plan", "ol", [f"{role}: {step}" for role, part in row["plan"].items() for step in part])
     differences = (row["put_back"] or {}).get("differences") or []
     if differences:
-        lines = "".join(f"<li>{_escape(one)}</li>" for one in differences)
-        details += (
-            f"<details><summary>What differs from before ({len(differences)})</summary><ul>{lines}</ul></details>"
-        )
+        details += _details(f"What differs from before ({len(differences)})", "ul", differences)
     return (
         f'<tr class="{kind}"><th scope="row">{_escape(name)}</th><td>{wave}</td><td>{status}</td>'
         f"<td>{seconds}</td>{seen}<td>{_escape(row['words'])}{details}</td></tr>\n"
     )
 
 
-def _details(title: str, lines: t.Sequence[str]) -> str:
+def _details(title: str, kind: str, lines: t.Sequence[object]) -> str:
     items = "".join(f"<li>{_escape(one)}</li>" for one in lines)
-    return f"<details><summary>{_escape(title)}</summary><ul>{items}</ul></details>"
+    return f"<details><summary>{_escape(title)}</summary><{kind}>{items}</{kind}></details>"
 
 
 def _verdict(seen: Json | None) -> str:
