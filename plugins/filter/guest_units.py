@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: guest_units
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 version_added: 0.2.0
 short_description: What the systemd units of guests with shared descriptors say
 description:

@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: libvirt_hostdev
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 version_added: 0.2.0
 short_description: Host devices for a domain of libvirt
 description:

@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: qemu_args
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 version_added: 0.2.0
 short_description: The arguments that give a guest of QEMU its devices
 description:

@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: ready
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 version_added: 0.2.0
 short_description: Whether a surveyed host is ready for guests with devices over iommufd
 description:

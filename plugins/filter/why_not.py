@@ -7,7 +7,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 name: why_not
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 version_added: 0.2.0
 short_description: What keeps a surveyed host from being ready, with the remedies
 description:

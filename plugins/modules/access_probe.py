@@ -10,7 +10,7 @@ module: access_probe
 short_description: Try every gate between QEMU and /dev/iommu, and name the first that is shut
 version_added: 0.2.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - Opens C(/dev/iommu), the vfio character devices (cdevs) and C(/dev/kvm) with the rights that QEMU would have. That
     is as its user with all groups, in a transient systemd unit with the device policy of the place where guests run,

@@ -10,7 +10,7 @@ module: apparmor_access
 short_description: Let AppArmor's profiles of libvirt's guests open /dev/iommu and the vfio devices
 version_added: 0.2.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - libvirt confines each guest by an AppArmor profile of its own. All of them include C(abstractions/libvirt-qemu),
     which knows nothing of C(/dev/iommu). A QEMU that opens the nodes itself is then refused with "Permission denied",

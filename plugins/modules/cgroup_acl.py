@@ -10,7 +10,7 @@ module: cgroup_acl
 short_description: Let the cgroup of guests, or of what launches them, open /dev/iommu and the vfio devices
 version_added: 0.1.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - A device cgroup forbids a process to open a node even where owner, group and mode allow it. This module opens that
     gate for the named devices, for guests of libvirt or for systemd units.

@@ -10,7 +10,7 @@ module: iommufd_dkms
 short_description: Give a kernel that was built without iommufd the modules for it
 version_added: 0.1.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - Debian builds its kernels without C(CONFIG_IOMMUFD). This module compiles C(iommufd) and the C(vfio) modules, which
     must match it, from the kernel's own sources (package C(linux-source-X.Y)) against the stock headers, and has DKMS

@@ -10,7 +10,7 @@ module: iommufd_info
 short_description: Survey a host for passing PCI devices through with iommufd
 version_added: 0.1.0
 author:
-  - the iommufd.host authors (@iommufd)
+  - The iommufd.host authors (@iommufd)
 description:
   - Reads everything that decides whether guests can have PCI devices of a host over C(/dev/iommu), and changes nothing.
   - >-

@@ -10,7 +10,7 @@ module: kernel_args
 short_description: Have the kernel arguments that the IOMMU needs in every boot entry
 version_added: 0.1.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - Decides which arguments the machine's IOMMU needs, puts them with those of O(args) into the boot loader's
     configuration, and says whether the host must be rebooted for them to take effect. It never reboots.

@@ -10,7 +10,7 @@ module: kernel_modules
 short_description: Load iommufd and vfio-pci, now and at every boot
 version_added: 0.1.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - Nothing loads C(iommufd) by itself, not even opening C(/dev/iommu). This module loads it and C(vfio-pci), has
     C(systemd-modules-load) do so at every boot, and verifies that C(/dev/iommu) is there.

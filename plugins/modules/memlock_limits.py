@@ -10,7 +10,7 @@ module: memlock_limits
 short_description: Let QEMU pin the memory of guests with devices
 version_added: 0.2.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - All memory of a guest with a device is pinned, and counts against the limit on locked memory (RLIMIT_MEMLOCK) of the
     QEMU process. Where the limit is too small, the guest does not start, with "Cannot allocate memory".

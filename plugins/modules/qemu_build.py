@@ -10,7 +10,7 @@ module: qemu_build
 short_description: Build a QEMU with iommufd once, as one archive for any number of hosts
 version_added: 0.2.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - Builds QEMU from sources that are checked first, as an unprivileged user without network and within limits, and asks
     the finished binary whether it has iommufd. A binary that is not what was asked for is an error.

@@ -10,7 +10,7 @@ module: qemu_install
 short_description: Put a QEMU that qemu_build made on a host
 version_added: 0.2.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - Unpacks the archive beside the builds that are there, checks every file against the archive's manifest, sees that
     no library is missing and that the binaries say of themselves what they said on the builder, and only then makes

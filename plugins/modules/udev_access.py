@@ -10,7 +10,7 @@ module: udev_access
 short_description: Decide who may open /dev/iommu and the vfio character devices
 version_added: 0.1.0
 author:
-  - The iommufd.host authors (@iommufd-host)
+  - The iommufd.host authors (@iommufd)
 description:
   - Writes one udev rules file for C(/dev/iommu), the vfio character devices (cdevs, C(/dev/vfio/devices/vfioN)) and,
     where wanted, the legacy group nodes (C(/dev/vfio/N)).
