@@ -127,7 +127,7 @@ proof-%: ready
 	@mkdir -p build/proof/$* && tests/proof/$* build/proof/$* 2>&1 | tee build/proof/$*/output.txt
 
 .PHONY: bench
-bench: ready ## Benchmarks (ONLY="NAME ..." for some); results in build/bench.json
+bench: ready ## Benchmarks (ONLY="NAME ..." for some); results in build/bench.json, growth in build/bench.svg
 	@python tests/bench/bench.py $(ONLY)
 
 .PHONY: changelog

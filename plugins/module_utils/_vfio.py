@@ -395,7 +395,9 @@ class Release(Step):
 
     def apply(self) -> None:
         release = (self.from_driver,) if self.from_driver and is_vfio_driver(self.from_driver) else ()
-        back = Handover(self.address, self.from_override, (), probe=self.from_driver is not None)
+        # Done when nobody waits any more, after the move: the host's driver, which has it by then, must let go again.
+        insist = self.from_driver in (None, self.from_override)
+        back = Handover(self.address, self.from_override, (), probe=self.from_driver is not None, insist=insist)
         if self.expected and self.modalias:
             # As udev would have done at boot, the blacklist heeded (-b); the module may be there without any device.
             self.host.ask(["modprobe", "-q", "-b", "--", self.modalias], timeout=60.0)

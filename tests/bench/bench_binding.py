@@ -70,15 +70,14 @@ def rows() -> t.Iterator[Row]:
         measured = json.loads(shell(f"python3 /root/measure.py {ours} {ping} {ROUNDS}").splitlines()[-1])
     finally:
         lab("absent")
-    seconds, ready = (
-        {name: statistics.median(times) for name, times in measured[kind].items()} for kind in ("seconds", "ready")
-    )
+    seconds, ready = measured["seconds"], measured["ready"]
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     what = f"binding {measured['vfs']} VFs in one call"
     # What nobody who writes to sysfs device by device gets below: the kernel's own work is in it.
-    least = f"driverctl called for each, of which the bare loop is {seconds['loop'] / seconds['driverctl']:.2f}"
+    least = f"driverctl called for each, of which the bare loop is {median['loop'] / median['driverctl']:.2f}"
     yield Row(f"{what}, to driverctl", seconds["ours"], seconds["driverctl"], least, 0.1)
     # When nothing is to do, what is left is the start of Python, the module's own text to be read, and the survey.
-    start = f"{seconds['nothing']:.1f} s of it when nothing is to do, {seconds['ansible']:.1f} s for ping"
+    start = f"{median['nothing']:.1f} s of it when nothing is to do, {median['ansible']:.1f} s for ping"
     yield Row(
         f"{what} ({start}), to a shell loop", seconds["ours"], seconds["loop"], "bare shell loop of sysfs writes", 1.5
     )

@@ -22,7 +22,7 @@ import typing as t
 
 from bench import CHECKOUT, Row
 
-SIZES = tuple(int(size) for size in os.environ.get("SIZES", "50 500").split())
+SIZES = tuple(int(size) for size in os.environ.get("SIZES", "50 150 500").split())
 FORKS = os.environ.get("FORKS", "10")
 
 MEASURE = """\
@@ -105,6 +105,9 @@ def rows() -> t.Iterator[Row]:
                     "ansible.builtin.ping",
                     2.5,
                     unit,
+                    series=f"audit of a fleet, {what}",
+                    size=size,
+                    counts="hosts",
                 )
     few, many = min(seen), max(seen)
     if few != many:

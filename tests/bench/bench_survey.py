@@ -10,6 +10,7 @@ both. Each checks that it saw every function, so that neither can be quick by re
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -19,7 +20,7 @@ import typing as t
 
 from bench import CHECKOUT, Row, alternate
 
-FUNCTIONS = 4096
+SIZES = (64, 512, 4096)
 
 # What the survey reads of a function and of a group, and nothing more.
 ATTRIBUTES = [
@@ -108,7 +109,7 @@ print(len(survey(Host(sys.argv[1]))["devices"]))
 """
 
 
-def generate(root: pathlib.Path, count: int = FUNCTIONS) -> None:
+def generate(root: pathlib.Path, count: int) -> None:
     """A tree of ``count`` functions: root ports, each with a PF that has an interface and 62 VFs, a quarter of the VFs
     on vfio-pci with a character device; every function in a group of its own."""
     number = 0
@@ -176,16 +177,27 @@ def _link(here: pathlib.Path, target: pathlib.Path, replace: bool = False) -> No
 
 
 def rows() -> t.Iterator[Row]:
-    with tempfile.TemporaryDirectory() as directory:
-        root = pathlib.Path(directory)
-        generate(root)
-        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT / "build/collections")}
+    for count in SIZES:
+        with tempfile.TemporaryDirectory() as directory:
+            generate(pathlib.Path(directory), count)
+            ours, other = alternate(
+                functools.partial(_run, OURS, directory, count), functools.partial(_run, PLAIN, directory, count)
+            )
+        yield Row(
+            f"survey of {count:,} functions",
+            ours,
+            other,
+            "a script that lists and reads the same",
+            2.0 if count == max(SIZES) else None,
+            series="survey of a host",
+            size=count,
+            counts="functions",
+        )
 
-        def run(script: str) -> None:
-            command = [sys.executable, "-c", script, directory, " ".join(ATTRIBUTES), " ".join(LINKS)]
-            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-            if int(answer.stdout) != FUNCTIONS:
-                raise AssertionError(f"saw {answer.stdout.strip()} of {FUNCTIONS} functions")
 
-        ours, other = alternate(lambda: run(OURS), lambda: run(PLAIN))
-        yield Row(f"survey of {FUNCTIONS} functions", ours, other, "a script that lists and reads the same", 2.0)
+def _run(script: str, directory: str, count: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT / "build/collections")}
+    command = [sys.executable, "-c", script, directory, " ".join(ATTRIBUTES), " ".join(LINKS)]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    if int(answer.stdout) != count:
+        raise AssertionError(f"saw {answer.stdout.strip()} of {count} functions")

@@ -392,7 +392,7 @@ class LabHost:
         line = stdout.readline() if ready else ""
         if not line:
             self._hang_up()
-            raise RuntimeError("the agent's connection ended")
+            raise RuntimeError("the agent does not answer")
         self._owed -= 1
         answer = json.loads(line)
         if "error" in answer:

@@ -177,6 +177,27 @@ def test_a_signal_right_after_a_move_has_it_taken_back(disk: Machine) -> None:
     assert override_of(disk.host, ADDRESS) == "vfio-pci"
 
 
+def test_giving_back_undone_by_the_process_alone_takes_it_from_the_hosts_driver(disk: Machine) -> None:
+    """As after SIGKILL between the move and its answer: an override without its driver would be neither nor."""
+    alone: list[Handover] = []
+
+    class Kept(Mover):
+        def hand_over(self, move: Handover, back: Handover, timeout: float) -> None:
+            alone.append(back)  # it has been done, and nvme has the disk
+
+    Release(
+        "give it back",
+        address=ADDRESS,
+        from_driver="vfio-pci",
+        from_override="vfio-pci",
+        host=disk.host,
+        mover=Kept(disk.host),
+    ).apply()
+    Mover(disk.host).hand_over(alone[0], alone[0], 10)
+    assert written(disk, "/sys/bus/pci/drivers/nvme/unbind") == ADDRESS
+    assert override_of(disk.host, ADDRESS) == "vfio-pci"
+
+
 def test_stuck_names_the_process(disk: Machine) -> None:
     path = stuck_driver(disk)
     move = Handover(ADDRESS, "vfio-pci", ("nvme",))
