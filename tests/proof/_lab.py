@@ -386,9 +386,11 @@ class LabHost:
     def answer(self, timeout: float = 600) -> t.Any:
         agent = t.cast("subprocess.Popen[str]", self._agent)
         stdout = t.cast(t.IO[str], agent.stdout)
-        ready, _, _ = select.select(
-            [stdout], [], [], timeout
-        )  # one line for each order: nothing of it is in the buffer
+        deadline = time.monotonic() + timeout
+        ready: list[t.Any] = []
+        while not ready and time.monotonic() < deadline and not self.is_stuck():
+            # One line for each order, so that the buffer holds nothing of the answer yet.
+            ready, _, _ = select.select([stdout], [], [], 20)
         line = stdout.readline() if ready else ""
         if not line:
             self._hang_up()
