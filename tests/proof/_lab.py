@@ -390,7 +390,7 @@ class LabHost:
         ready: list[t.Any] = []
         while not ready and time.monotonic() < deadline and not self.is_stuck():
             # One line for each order, so that the buffer holds nothing of the answer yet.
-            ready, _, _ = select.select([stdout], [], [], 20)
+            ready = select.select([stdout], [], [], 20)[0]
         line = stdout.readline() if ready else ""
         if not line:
             self._hang_up()

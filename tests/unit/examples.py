@@ -100,7 +100,7 @@ def documented(kind: str) -> dict[str, dict[str, t.Any]]:
 
 def fragment_options(name: str) -> dict[str, t.Any]:
     """The options of a documentation fragment of ours ("iommufd.host._guest.verify")."""
-    file, _, part = name.removeprefix(COLLECTION).partition(".")
+    file, _dot, part = name.removeprefix(COLLECTION).partition(".")
     module = importlib.import_module(f"ansible_collections.iommufd.host.plugins.doc_fragments.{file}")
     text = getattr(module.ModuleDocFragment, part.upper() or "DOCUMENTATION")
     options: dict[str, t.Any] = yaml.safe_load(text)["options"]
