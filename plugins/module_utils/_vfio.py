@@ -192,7 +192,7 @@ class Mover:
         """
 
         def words(child: int) -> str:
-            return _stuck(self._host, move.address, child, timeout)
+            return _stuck(self._host, move, child, timeout)
 
         with _ahead_of_udev():  # the child keeps the rank in which it is started
             self._child.do(dataclasses.asdict(move), dataclasses.asdict(back), timeout, words)
@@ -239,13 +239,20 @@ def _write(path: str, value: str) -> None:
         os.close(descriptor)
 
 
-def _stuck(host: Host, address: str, child: int, timeout: float) -> str:
-    driver = driver_of(host, address) or "the driver"
+def _stuck(host: Host, move: Handover, child: int, timeout: float) -> str:
+    driver = driver_of(host, move.address)
     where = host.read_line(f"/proc/{child}/wchan")
     within = f" (in {where})" if where and where != "0" else ""
+    if driver is not None and driver not in move.release:
+        # The old driver has let go, and another one's probe does not end.
+        said = f"{driver} has been taking {move.address} for more than {timeout:g} s"
+        later = "should it end later"
+    else:
+        said = f"{driver or 'the driver'} did not let go of {move.address} within {timeout:g} s"
+        later = "should the driver let go later"
     return (
-        f"{driver} did not let go of {address} within {timeout:g} s. The request still waits in the kernel{within}, as "
-        f"process {child}; should the driver let go later, that process gives the device back to it"
+        f"{said}. The request still waits in the kernel{within}, as process {child}; {later}, that process gives the "
+        "device back to what it had"
     )
 
 

@@ -177,6 +177,16 @@ def test_a_signal_right_after_a_move_has_it_taken_back(disk: Machine) -> None:
     assert override_of(disk.host, ADDRESS) == "vfio-pci"
 
 
+def test_a_driver_that_does_not_end_its_probe_is_told_as_such(disk: Machine) -> None:
+    """As nvme, whose probe waits for an answer of the disk: vfio-pci, which had it, has let go long since."""
+    stuck_driver(disk)
+    with pytest.raises(Stuck, match=r"nvme has been taking 0000:01:00\.0 for more than 0\.3 s.* should it end later"):
+        # It blocks in the same way; who holds what is what the words tell by.
+        Mover(disk.host).hand_over(
+            Handover(ADDRESS, None, ("vfio-pci",), insist=True), Handover(ADDRESS, None, ()), 0.3
+        )
+
+
 def test_giving_back_undone_by_the_process_alone_takes_it_from_the_hosts_driver(disk: Machine) -> None:
     """As after SIGKILL between the move and its answer: an override without its driver would be neither nor."""
     alone: list[Handover] = []
