@@ -535,8 +535,11 @@ class _Run:
         arguments = _qemu_profile.configure_arguments(request, traits, os.uname().machine)
         if request.profile == "distribution":
             arguments += self._distribution_arguments()
-        # Nothing of the place of a build stays in its result.
-        flags = f"-ffile-prefix-map={self.work}=. -ffile-prefix-map={self.source}=."
+        # Nothing of the place of a build stays in its result. Meson, and ccache for what is beneath its base directory,
+        # name files relative to the build's tree: the same file is to have one name, whoever compiles it.
+        relative = os.path.relpath(self.source, self.tree)
+        places = (self.work, self.source, relative)
+        flags = " ".join(f"-ffile-prefix-map={place}=." for place in places)
         arguments += ["--python=/usr/bin/python3", f"--extra-cflags={flags}"]
         if "CCACHE_DIR" in self.sandbox.environment:
             arguments.append("--cc=ccache cc")

@@ -23,7 +23,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_source import Traits
 
 #: Increase it whenever the same request would make another binary.
-RECIPE = 2
+RECIPE = 3
 
 #: Where a build believes to be installed. QEMU finds its data relative to its binary, wherever that lies.
 PREFIX = "/opt/iommufd-host/qemu/current"
