@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils import _guest
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import binaries
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._pci import read_function
 
@@ -79,7 +80,8 @@ def _plain(value: object) -> object:
 
 
 def _find_qemu(host: Host, wanted: str | None) -> str | None:
-    return next((found for found in map(host.which, (wanted,) if wanted else _guest.BINARIES) if found), None)
+    places = (wanted,) if wanted else binaries(platform.machine())
+    return next((found for found in map(host.which, places) if found), None)
 
 
 def _digest(host: Host, path: str | None) -> str | None:

@@ -35,6 +35,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._backend import (
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._given_away import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._guest_devices import BACKENDS, parse_devices
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import GuestMachine, binaries, guest_machine
 from ansible_collections.iommufd.host.plugins.module_utils._guest_run import CONSOLE_LINES, Run, holders
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
@@ -44,7 +45,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_members,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM, LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported
@@ -60,13 +61,6 @@ PLUGGING = ("direct", "systemd", "self")
 
 # What QEMU itself needs beside the guest's memory (Debian's binary with its libraries; with TCG its translation cache).
 _QEMU_MEMORY = {"kvm": 96, "tcg": 224}
-
-BINARIES = (
-    "/opt/iommufd-host/qemu/current/bin/qemu-system-x86_64",
-    "qemu-system-x86_64",
-    "/usr/libexec/qemu-kvm",
-    "qemu-kvm",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +134,7 @@ class Ready:
 
     request: Request
     user: _launcher.User
+    machine: GuestMachine
     functions: list[Function] = dataclasses.field(default_factory=list)
     plugged: list[Function] = dataclasses.field(default_factory=list)
     decision: Decision | None = None
@@ -161,6 +156,11 @@ class Ready:
     def qemu_opens(self) -> bool:
         """Whether libvirt starts a QEMU that opens the nodes itself."""
         return self.request.launcher == "self" and self.request.started_by == "libvirt"
+
+    @property
+    def opens_kvm(self) -> bool:
+        """Whether QEMU has to open /dev/kvm itself, however it is started."""
+        return self.accelerator == "kvm" and not self.machine.passes_kvm
 
     def backends(self) -> dict[str, str]:
         """Address to backend. Where nothing is decided yet, what is checked is iommufd."""
@@ -275,7 +275,9 @@ def prepare(host: Host, request: Request) -> Ready:
     """
     _check_options(request)
     # A launcher that passes descriptors shows that the user needs no group for it; where QEMU opens, groups count.
-    ready = Ready(request, _launcher.find_user(request.user, with_groups=request.launcher in ("systemd", "self")))
+    machine = guest_machine(platform.machine())
+    user = _launcher.find_user(request.user, with_groups=request.launcher in ("systemd", "self"))
+    ready = Ready(request, user, machine)
     for addresses, found in ((request.devices, ready.functions), (request.plugged, ready.plugged)):
         found += [one for one in (read_function(host, address) for address in addresses) if one is not None]
     qemu = _check_programs(host, ready)
@@ -301,8 +303,6 @@ def _numbered(problems: t.Sequence[str]) -> str:
 
 
 def _check_options(request: Request) -> None:
-    if platform.machine() != "x86_64":
-        raise HostError(f"The verification guest is a PC so far; this host is {platform.machine()}.", step="prepare")
     most = _qemu_command.MOST_DEVICES - len(request.plugged)
     if len(request.devices) > most or not (request.devices or request.pending):
         raise OptionError("devices", list(request.devices), f"1 to {most} devices")
@@ -385,7 +385,7 @@ def choose(ready: Ready, peers: PeerToPeer) -> Decision:
         request.backend,
         request.launcher,
         request.hot_plug or bool(request.plugged),
-        "q35",
+        ready.machine.machine,
     )
 
 
@@ -525,13 +525,13 @@ def _check_launcher(host: Host, ready: Ready, backends: t.Mapping[str, str]) -> 
 def _check_programs(host: Host, ready: Ready) -> Qemu | None:
     request = ready.request
     found: Qemu | None = None
-    binaries = (request.qemu,) if request.qemu else BINARIES
-    path = next((one for one in map(host.which, binaries) if one), None)
+    places = (request.qemu,) if request.qemu else binaries(ready.machine.architecture)
+    path = next((one for one in map(host.which, places) if one), None)
     if request.qemu_pending:
-        ready.qemu = path or binaries[0]
+        ready.qemu = path or places[0]
     elif path is None:
         ready.problems.append(
-            f"QEMU is not installed ({', '.join(binaries)}). On Debian and Ubuntu: apt install qemu-system-x86."
+            f"QEMU is not installed ({', '.join(places)}). On Debian and Ubuntu: apt install {ready.machine.package}."
         )
     else:
         ready.qemu = path
@@ -576,6 +576,10 @@ def _choose_accelerator(host: Host, ready: Ready) -> None:
         ready.accelerator = wanted
         if wanted == "kvm" and descriptor is None:
             raise OptionError("accelerator", wanted, "auto or tcg on this host", why)
+    if ready.request.launcher == "systemd" and ready.opens_kvm:
+        # As production has it: QEMU's unit is in the node's group.
+        user = ready.user
+        ready.user = dataclasses.replace(user, groups=tuple(sorted({*user.groups, os.stat(KVM).st_gid})))
 
 
 def _check_memory(host: Host, ready: Ready) -> None:

@@ -11,6 +11,7 @@ the guest unpack it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import dataclasses
@@ -46,9 +47,9 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
-exec 3<>/dev/ttyS1
-stty raw -echo <&3
 . /guest/settings
+exec 3<>"/dev/$report"
+stty raw -echo <&3
 say() { echo "$*" >&3; }
 uptime() { read -r up rest </proc/uptime; }
 uptime; say "guest init $up"
@@ -307,20 +308,44 @@ def read_kernel(host: Host, path: str) -> bytes:
     return content
 
 
-def kernel_release(image: bytes) -> str:
-    """The release that an x86 kernel image names in its header.
+def kernel_release(image: bytes, architecture: str) -> str:
+    """The release that a kernel image names.
 
-    The boot protocol (Documentation/arch/x86/boot.rst): ``HdrS`` at 0x202, and at 0x20e the offset, less 0x200, of a
-    text that begins with the release.
+    For x86 in its header, by the boot protocol (Documentation/arch/x86/boot.rst): ``HdrS`` at 0x202, and at 0x20e the
+    offset, less 0x200, of a text that begins with the release. For arm64 in the banner that the kernel prints.
+
+    Args:
+        image: its content.
+        architecture: as ``uname -m`` has it.
 
     Raises:
-        HostError: it has no such header.
+        HostError: it is no kernel image for that processor.
     """
+    if architecture == "aarch64":
+        found = re.search(rb"Linux version (\S+) ", _plain_arm64(image))
+        if found is None:
+            raise HostError("The guest's kernel is no kernel image for arm64 (Image): take another one.")
+        return found.group(1).decode("ascii", "replace")
     if len(image) < 0x210 or image[0x202:0x206] != b"HdrS":
         raise HostError("The guest's kernel is no kernel image of a PC (bzImage): take another one.")
     offset = 0x200 + struct.unpack_from("<H", image, 0x20E)[0]
     text = image[offset : offset + 256].split(b"\0")[0].decode("ascii", "replace")
     return text.split(" ")[0]
+
+
+def _plain_arm64(image: bytes) -> bytes:
+    """The kernel itself out of an arm64 image: as it is, compressed, or compressed with an EFI stub before it.
+
+    The latter (drivers/firmware/efi/libstub/zboot-header.S) has ``zimg`` at 4, and offset and size of the compressed
+    part at 8 and 12. Empty where it is none of these: the kernel itself has ``ARM\\x64`` at 0x38
+    (Documentation/arch/arm64/booting.rst).
+    """
+    if image[4:8] == b"zimg" and len(image) > 0x40:
+        offset, size = struct.unpack_from("<II", image, 8)
+        image = image[offset : offset + size]
+    with contextlib.suppress(HostError):
+        image = decompress("the kernel", image)
+    return image if image[0x38:0x3C] == b"ARM\x64" else b""
 
 
 # -- busybox -----------------------------------------------------------------------------------------------------------
@@ -510,6 +535,7 @@ def build(
     index: ModuleIndex,
     busybox: str,
     devices: t.Sequence[GuestDevice],
+    report: str,
     read_bytes: int = 1 << 20,
     settle: int = 30,
     arp_target: str = "",
@@ -521,6 +547,7 @@ def build(
         index: the modules of the kernel that the guest runs.
         busybox: path of busybox on the host.
         devices: what is passed, in the order in which the guest reports.
+        report: the guest kernel's name of the serial port over which it does.
         read_bytes: how much of a disk is read, twice.
         settle: seconds that drivers may take to attach and disks to appear.
         arp_target: address of IPv4 that a network device with a link asks for; empty: none sends anything.
@@ -551,6 +578,7 @@ def build(
         archive.file(f"/guest/{name}", "".join(lines).encode())
     expendable = "".join(f" {one.slot} " for one in devices if one.expendable)
     settings = {
+        "report": report,
         "settle": settle,
         "read_blocks": max(1, read_bytes // 65536),
         "expendable": f"'{expendable}'",

@@ -139,7 +139,7 @@ class Run:
     def _plan(self) -> _launch.Plan:
         ready, request = self.ready, self.request
         image = _guest_image.read_kernel(self.host, ready.kernel)
-        ready.release = _guest_image.kernel_release(image)
+        ready.release = _guest_image.kernel_release(image, ready.machine.architecture)
         index = _guest_image.ModuleIndex(self.host, ready.release)
         functions = [*ready.functions, *ready.plugged]
         guests = [
@@ -154,7 +154,7 @@ class Run:
         ]
         settle = int(max(10.0, min(request.timeout / 4, 120.0)))
         initramfs = _guest_image.build(
-            self.host, index, ready.busybox, guests, settle=settle, arp_target=request.arp_target
+            self.host, index, ready.busybox, guests, ready.machine.report, settle=settle, arp_target=request.arp_target
         )
         self.modules = initramfs.modules
         for device in self.devices:
@@ -171,6 +171,7 @@ class Run:
         return _launch.Plan(
             host=self.host,
             name=f"iommufd-verify-{os.getpid()}",
+            machine=ready.machine,
             qemu=ready.qemu,
             memory=request.memory,
             cpus=request.cpus,

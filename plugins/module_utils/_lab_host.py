@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
-from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import host_arguments
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import firmware_arguments, host_arguments
 from ansible_collections.iommufd.host.plugins.module_utils._lab_run import tail
 from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import Device, HostSpec, Json, describe, disk_file
 from ansible_collections.iommufd.host.plugins.module_utils._plan import run, wait_until
@@ -376,7 +377,7 @@ def _launch(machine: Machine, host: HostSpec, accelerator: str, port: int) -> Bo
     token = str(uuid.uuid4())
     with open(directory / "qemu.stderr", "wb") as errors:
         process = subprocess.Popen(  # pylint: disable=ansible-bad-function
-            host_arguments(host, accelerator, port, token),
+            host_arguments(host, accelerator, port, token, firmware_arguments(Host(), host.architecture)),
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=errors,

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -28,11 +29,12 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
     accelerator,
+    firmware_arguments,
     machine_arguments,
     require_emulator,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._lab_run import logged, tail
-from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import size_in_bytes
+from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import ARCHITECTURES, Architecture, size_in_bytes
 from ansible_collections.iommufd.host.plugins.module_utils._lock import host_lock
 
 _BASE_PACKAGES = (
@@ -40,12 +42,10 @@ _BASE_PACKAGES = (
     "ca-certificates",
     "dbus",
     "e2fsprogs",
-    "grub-pc",
     "initramfs-tools",
     "iproute2",
     "kmod",
     "less",
-    "linux-image-amd64",
     "nano",
     "netbase",
     "openssh-server",
@@ -54,7 +54,6 @@ _BASE_PACKAGES = (
     "python3",
     # With it ansible.builtin.apt has nothing to install first.
     "python3-apt",
-    "qemu-system-x86",
     "systemd",
     "systemd-sysv",
     "udev",
@@ -201,6 +200,13 @@ GRUB_SERIAL_COMMAND="serial --unit=0 --speed=115200"
 GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX console=ttyS0,115200 no_timer_check"
 """
 
+_GRUB_EFI = """\
+# A lab host has a serial console, which is its firmware's, and no one who could choose from a menu.
+GRUB_TIMEOUT=0
+GRUB_TERMINAL=console
+GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX console=ttyAMA0"
+"""
+
 _INITRAMFS = """\
 # The initramfs is rebuilt, unpacked and searched on an emulated processor: the drivers come from hooks/lab.
 MODULES=list
@@ -273,6 +279,13 @@ grub-install --target=i386-pc /dev/vda && update-grub && finish done
 finish failed
 """
 
+# The same where firmware loads the boot loader: from the second partition, by the name that needs no entry of its own.
+_GRUB_EFI_SCRIPT = _GRUB_SCRIPT.replace("/dev/ttyS0", "/dev/ttyAMA0").replace(
+    "grub-install --target=i386-pc /dev/vda",
+    "mkfs.vfat -n LAB-EFI /dev/vda2 && mkdir -p /boot/efi && mount /dev/vda2 /boot/efi &&\n"
+    "    grub-install --target=arm64-efi --efi-directory=/boot/efi --removable --no-nvram && umount /boot/efi",
+)
+
 # path: (mode, text). They are in place before the packages come, so that they count from the first moment on.
 _FILES: dict[str, tuple[int, str]] = {
     "etc/apt/apt.conf.d/90lab": (0o644, _APT),
@@ -285,6 +298,12 @@ _FILES: dict[str, tuple[int, str]] = {
     "etc/systemd/system/lab-identity.service": (0o644, _IDENTITY_UNIT),
     "usr/local/libexec/lab-identity": (0o755, _IDENTITY_SCRIPT),
     "lab-boot-loader": (0o755, _GRUB_SCRIPT),
+}
+
+_EFI_FILES: dict[str, tuple[int, str]] = {
+    "etc/default/grub.d/00-lab.cfg": (0o644, _GRUB_EFI),
+    "etc/fstab": (0o644, f"{_FSTAB}LABEL=LAB-EFI /boot/efi vfat umask=0077,nofail 0 0\n"),
+    "lab-boot-loader": (0o755, _GRUB_EFI_SCRIPT),
 }
 
 _INITRAMFS_TOOLS_FILES: dict[str, tuple[int, str]] = {
@@ -312,12 +331,17 @@ for generator in @GENERATORS@; do
     ln -sfn /dev/null "$root/etc/systemd/system-generators/$generator"
 done
 chroot "$root" systemctl --quiet enable systemd-networkd.service lab-identity.service ssh.service \\
-    serial-getty@ttyS0.service
+    serial-getty@@CONSOLE@.service
 # Not "quiet": the kernel's messages belong on the serial log.
 sed -i 's|^GRUB_CMDLINE_LINUX_DEFAULT=.*|GRUB_CMDLINE_LINUX_DEFAULT="@ARGUMENTS@"|' "$root/etc/default/grub"
-echo 'grub-pc grub-pc/install_devices multiselect /dev/vda' | chroot "$root" debconf-set-selections
+@DEBCONF@
 # All caches are fresh: without this the first boot would make them once more (systemd-update-done.service).
 touch -d '+1 day' "$root/etc/.updated" "$root/var/.updated"
+"""
+
+
+_DEBCONF = """\
+echo 'grub-pc grub-pc/install_devices multiselect /dev/vda' | chroot "$root" debconf-set-selections
 """
 
 
@@ -332,11 +356,17 @@ class ImageSpec:
     check_valid_until: bool = True
     kernel_arguments: tuple[str, ...] = ()
     iommufd: bool = False
+    architecture: str = "amd64"
+
+    @property
+    def processor(self) -> Architecture:
+        """What differs by the hosts' processor."""
+        return ARCHITECTURES[self.architecture]
 
     def inputs(self) -> dict[str, t.Any]:
         """All inputs of the build, as plain data: two images with the same inputs are interchangeable."""
         distribution = DISTRIBUTIONS[self.distribution]
-        packages = {*distribution.packages, *self.packages}
+        packages = {*distribution.packages, *self.processor.packages, *self.packages}
         if self.dracut:
             packages.discard("initramfs-tools")
         return {
@@ -348,6 +378,7 @@ class ImageSpec:
             "files": {path: [oct(mode), text] for path, (mode, text) in sorted(self.files().items())},
             "configure": self.configure(),
             **({"iommufd": _lab_iommufd.key()} if self.iommufd else {}),
+            **({"architecture": self.architecture} if self.architecture != "amd64" else {}),
         }
 
     @property
@@ -355,14 +386,22 @@ class ImageSpec:
         """Whether dracut makes the initramfs: in Debian it and initramfs-tools exclude each other."""
         return "dracut" in self.packages
 
+    @property
+    def efi(self) -> bool:
+        """Whether firmware loads the boot loader, from a partition of its own."""
+        return self.architecture == "arm64"
+
     def files(self) -> dict[str, tuple[int, str]]:
         """The files that are in place before the packages come: mode and text by path."""
-        return {**_FILES, **(_DRACUT_FILES if self.dracut else _INITRAMFS_TOOLS_FILES)}
+        found = {**_FILES, **(_DRACUT_FILES if self.dracut else _INITRAMFS_TOOLS_FILES)}
+        return {**found, **_EFI_FILES} if self.efi else found
 
     def configure(self) -> str:
         """The script that puts the finishing touches to the root filesystem."""
         script = _CONFIGURE.replace("@MASKED@", " ".join(_MASKED))
         script = script.replace("@GENERATORS@", " ".join(_MASKED_GENERATORS))
+        script = script.replace("@CONSOLE@", self.processor.console)
+        script = script.replace("@DEBCONF@\n", "" if self.efi else _DEBCONF)
         return script.replace("@ARGUMENTS@", " ".join(self.kernel_arguments))
 
     def key(self) -> str:
@@ -372,7 +411,8 @@ class ImageSpec:
 
     def describe(self) -> str:
         """The image in one line."""
-        return f"{self.distribution}, {len(self.inputs()['packages'])} packages asked for, {self.size >> 20} MiB"
+        other = f" for {self.architecture}" if self.architecture != "amd64" else ""
+        return f"{self.distribution}{other}, {len(self.inputs()['packages'])} packages asked for, {self.size >> 20} MiB"
 
     def name(self) -> str:
         """The image's directory in the cache."""
@@ -391,6 +431,7 @@ def parse_image(
     check_valid_until: bool = True,
     kernel_arguments: t.Sequence[str] = (),
     iommufd: bool = False,
+    architecture: str = "amd64",
 ) -> ImageSpec:
     """Check an image's declaration.
 
@@ -399,6 +440,8 @@ def parse_image(
     """
     if distribution not in DISTRIBUTIONS:
         raise OptionError("distribution", distribution, ", ".join(DISTRIBUTIONS))
+    if architecture not in ARCHITECTURES:
+        raise OptionError("architecture", architecture, ", ".join(ARCHITECTURES))
     for index, package in enumerate(packages):
         if not _PACKAGE.fullmatch(package):
             raise OptionError(f"packages[{index}]", package, "the name of a Debian package")
@@ -418,6 +461,7 @@ def parse_image(
         check_valid_until,
         tuple(kernel_arguments),
         iommufd,
+        architecture,
     )
 
 
@@ -435,7 +479,7 @@ def build_image(spec: ImageSpec, cache_dir: Path, host: Host) -> bool:
     Raises:
         HostError: a tool is missing, or failed; quotes its last lines.
     """
-    _require_tools(host)
+    _require_tools(host, spec.architecture)
     cache_dir.mkdir(parents=True, exist_ok=True)
     final = cache_dir / spec.name()
     log = cache_dir / f"{spec.name()}.log"
@@ -464,8 +508,12 @@ _BUILD_TIMEOUT = 3600.0
 _TOOLS = {"mmdebstrap": "mmdebstrap", "mkfs.ext4": "e2fsprogs", "qemu-img": "qemu-utils", "unshare": "util-linux"}
 
 
-def _require_tools(host: Host) -> None:
+def _require_tools(host: Host, architecture: str) -> None:
     needed = dict(_TOOLS)
+    machine = ARCHITECTURES[architecture].machine
+    foreign = machine != platform.machine()
+    if foreign:
+        needed["arch-test"] = "arch-test"
     if os.geteuid() != 0:
         needed["newuidmap"] = "uidmap"
     missing = [package for tool, package in needed.items() if host.which(tool) is None]
@@ -473,7 +521,14 @@ def _require_tools(host: Host) -> None:
         raise HostError(
             f"Tools are missing to build an image. On Debian and Ubuntu: apt install {' '.join(sorted(missing))}"
         )
-    require_emulator(host)
+    require_emulator(host, architecture)
+    firmware_arguments(host, architecture)
+    said = host.ask(["arch-test", architecture]) if foreign else None
+    if foreign and (said is None or not said.ok):
+        raise HostError(
+            f"Programs for {machine} do not run on this machine, as installing packages of {architecture} needs. "
+            "On Debian and Ubuntu: apt install qemu-user-binfmt, with /proc/sys/fs/binfmt_misc mounted"
+        )
 
 
 def _as_root() -> list[str]:
@@ -504,6 +559,7 @@ def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
     (work / "configure").write_text(spec.configure(), encoding="ascii")
     inputs = spec.inputs()
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(inputs['packages'])}"]
+    command.append(f"--architectures={spec.architecture}")
     if not spec.check_valid_until:
         command.append('--aptopt=Acquire::Check-Valid-Until "false"')
     command += [
@@ -517,16 +573,16 @@ def _build(spec: ImageSpec, work: Path, log: Path, host: Host) -> None:
     ]
     logged([*_as_root(), *command], f"installing {spec.distribution}", log, _BUILD_TIMEOUT)
 
-    _partition(raw, spec.size)
+    length = _partition(raw, spec.size, spec.efi)
     filesystem = ["mkfs.ext4", "-q", "-L", "lab-root", "-m", "0", "-E", f"offset={_PARTITION_START},lazy_itable_init=1"]
-    filesystem += ["-d", str(rootfs), str(raw), f"{(spec.size - _PARTITION_START) // 1024}k"]
+    filesystem += ["-d", str(rootfs), str(raw), f"{length // 1024}k"]
     logged([*_as_root(), *filesystem], "making the file system", log, 600)
     kernel, initrd = _kernel(rootfs)
     shutil.copyfile(kernel, work / "vmlinuz")
     shutil.copyfile(initrd, work / "initrd.img")
     _discard(rootfs)
 
-    _install_boot_loader(work, raw, log, host)
+    _install_boot_loader(spec, work, raw, log, host)
 
     convert = ["qemu-img", "convert", "-O", "qcow2", str(raw), str(work / "disk.qcow2")]
     logged(convert, "converting the disk", log, 600)
@@ -547,16 +603,32 @@ def _iommufd_hooks(payload: Path) -> list[str]:
     ]
 
 
-def _partition(path: Path, size: int) -> None:
-    """A sparse disk with an MBR partition table of one bootable Linux partition, from 1 MiB to the end."""
-    start, length = _PARTITION_START // 512, (size - _PARTITION_START) // 512
-    # Boot flag, CHS (unused: all ones), type 0x83 Linux, CHS, first sector and number of sectors (little endian).
-    entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", start, length)
+_EFI_SIZE = 64 << 20
+
+
+def _partition(path: Path, size: int, efi: bool = False) -> int:
+    """A sparse disk with an MBR partition table: one bootable Linux partition, from 1 MiB to the end, or to where the
+    EFI system partition begins.
+
+    Returns:
+        the length of the Linux partition, in bytes.
+    """
+    length = size - _PARTITION_START - (_EFI_SIZE if efi else 0)
+
+    def entry(flag: int, kind: int, start: int, length: int) -> bytes:
+        # Boot flag, CHS (unused: all ones), type, CHS, first sector and number of sectors (little endian).
+        chs = b"\xfe\xff\xff"
+        return struct.pack("<B3sB3sII", flag, chs, kind, chs, start // 512, length // 512)
+
+    entries = entry(0x80, 0x83, _PARTITION_START, length)
+    if efi:
+        entries += entry(0, 0xEF, _PARTITION_START + length, _EFI_SIZE)
     signature = hashlib.sha256(os.urandom(16)).digest()[:4]
     with open(path, "wb") as handle:
         handle.truncate(size)
         handle.seek(440)
-        handle.write(signature + b"\0\0" + entry + bytes(48) + b"\x55\xaa")
+        handle.write(signature + b"\0\0" + entries.ljust(64, b"\0") + b"\x55\xaa")
+    return length
 
 
 def _kernel(rootfs: Path) -> tuple[Path, Path]:
@@ -567,14 +639,14 @@ def _kernel(rootfs: Path) -> tuple[Path, Path]:
     return kernel, rootfs / "boot" / kernel.name.replace("vmlinuz-", "initrd.img-")
 
 
-def _install_boot_loader(work: Path, raw: Path, log: Path, host: Host) -> None:
+def _install_boot_loader(spec: ImageSpec, work: Path, raw: Path, log: Path, host: Host) -> None:
     """Boot the disk once, with its own kernel given directly, and let it make itself bootable."""
-    serial = work / "serial.log"
+    serial, console = work / "serial.log", spec.processor.console
     command = [
-        *machine_arguments(accelerator(host), 1024, 2),
+        *machine_arguments(accelerator(host, spec.architecture), 1024, 2, spec.architecture),
         *("-no-reboot", "-serial", f"file:{serial}"),
         *("-kernel", str(work / "vmlinuz"), "-initrd", str(work / "initrd.img")),
-        *("-append", "root=LABEL=lab-root rw console=ttyS0 quiet panic=-1 init=/lab-boot-loader"),
+        *("-append", f"root=LABEL=lab-root rw console={console} quiet panic=-1 init=/lab-boot-loader"),
         *("-blockdev", f"driver=file,node-name=file,filename={raw},cache.no-flush=on,discard=unmap"),
         *("-blockdev", "driver=raw,node-name=disk,file=file,discard=unmap"),
         *("-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci"),

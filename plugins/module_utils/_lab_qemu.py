@@ -14,6 +14,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import (
+    ARCHITECTURES,
     DEVICE_TYPES,
     DISK_SLOT,
     ENTROPY_SLOT,
@@ -27,34 +28,64 @@ from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import (
     mac_address,
 )
 
-EMULATOR = "qemu-system-x86_64"
 # The first version with igb, the one emulated network card that has virtual functions.
 MINIMUM_VERSION = (8, 0)
 
 # What a host learns from its emulator at boot (systemd's system credentials); see the image's identity unit.
 CREDENTIALS = ("lab.hostname", "lab.authorized_keys", "lab.host_key")
 
+# The firmware of an aarch64 machine: Debian's and Ubuntu's package, Fedora's, and what QEMU itself brings.
+_FIRMWARE = (
+    "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd",
+    "/usr/share/edk2/aarch64/QEMU_EFI.fd",
+    "/usr/share/qemu/edk2-aarch64-code.fd",
+)
+
 _KVM_CREATE_VM = 0xAE01  # linux/kvm.h: _IO(KVMIO, 0x01)
 
 
-def machine_arguments(accelerator: str, memory: int, cpus: int) -> list[str]:
+def machine_arguments(accelerator: str, memory: int, cpus: int, architecture: str, iommu: str = "none") -> list[str]:
     """The arguments that the machine of an image build and of a host have in common."""
     kvm = accelerator == "kvm"
-    # A split interrupt controller is what interrupt remapping asks for under KVM.
-    machine = "q35,kernel-irqchip=split" if kvm else "q35"
+    if architecture == "arm64":
+        # With virtualization=on the processor starts in EL2, so that the host has a working /dev/kvm of its own; the
+        # interrupt controller needs an ITS for the interrupts of PCI devices.
+        machine = "virt,virtualization=on,gic-version=3"
+        if iommu == "smmuv3":
+            machine += ",iommu=smmuv3"
+        # Cheaper to emulate: pointer authentication by a hash of QEMU's own, and page tables of one level less.
+        processor = "max,pauth-impdef=on,lpa2=off"
+    else:
+        # A split interrupt controller is what interrupt remapping asks for under KVM.
+        machine = "q35,kernel-irqchip=split" if kvm else "q35"
+        # Under TCG "max" shows AMD SVM to the guest, so that it has a working /dev/kvm of its own. Without la57 the
+        # guest has four levels of page tables instead of five, and an emulated page walk is a fifth shorter.
+        processor = "max,la57=off"
     return [
-        EMULATOR,
+        ARCHITECTURES[architecture].emulator,
         *("-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", machine),
         *("-accel", "kvm" if kvm else "tcg,thread=multi"),
-        # Under TCG "max" shows AMD SVM to the guest, so that it has a working /dev/kvm of its own. Without la57 the
-        # guest has four levels of page tables instead of five, and an emulated page walk is a fifth shorter.
-        *("-cpu", "max,la57=off"),
+        *("-cpu", processor),
         *("-smp", str(cpus), "-m", str(memory)),
     ]
 
 
-def host_arguments(host: HostSpec, accelerator: str, port: int, uuid: str) -> list[str]:
+def firmware_arguments(host: Host, architecture: str) -> list[str]:
+    """What a machine boots its disk by, where that is not in the emulator itself.
+
+    Raises:
+        HostError: it is missing; names the package.
+    """
+    if architecture != "arm64":
+        return []
+    found = [path for path in _FIRMWARE if host.exists(path)]
+    if not found:
+        raise HostError("There is no UEFI firmware for aarch64. On Debian and Ubuntu: apt install qemu-efi-aarch64")
+    return ["-bios", found[0]]
+
+
+def host_arguments(host: HostSpec, accelerator: str, port: int, uuid: str, firmware: t.Sequence[str] = ()) -> list[str]:
     """The command line of a host. All file names are relative to the host's directory, where the process runs.
 
     Args:
@@ -62,8 +93,10 @@ def host_arguments(host: HostSpec, accelerator: str, port: int, uuid: str) -> li
         accelerator: ``kvm`` or ``tcg``.
         port: the port of 127.0.0.1 that leads to the guest's ssh server.
         uuid: makes the process recognizable.
+        firmware: what it boots by, see `firmware_arguments`.
     """
-    arguments = machine_arguments(accelerator, host.memory, host.cpus)
+    arguments = machine_arguments(accelerator, host.memory, host.cpus, host.architecture, host.iommu)
+    arguments += firmware
     arguments += ["-name", f"guest={host.name},debug-threads=on", "-uuid", uuid, "-pidfile", "qemu.pid"]
     arguments += ["-chardev", "file,id=serial,path=serial.log,append=on", "-serial", "chardev:serial"]
     arguments += ["-chardev", "socket,id=qmp,path=qmp.sock,server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
@@ -112,11 +145,13 @@ def host_arguments(host: HostSpec, accelerator: str, port: int, uuid: str) -> li
     return arguments
 
 
-def accelerator(host: Host) -> str:
-    """``kvm`` where it really works, else ``tcg``.
+def accelerator(host: Host, architecture: str = "amd64") -> str:
+    """``kvm`` where it really works, else ``tcg``; that always for an arm64 host, which is to have a /dev/kvm itself.
 
     The node alone proves nothing: a machine without vmx or svm may still offer a /dev/kvm that opens.
     """
+    if architecture != "amd64":
+        return "tcg"
     flags = host.read_text("/proc/cpuinfo") or ""
     if not re.search(r"^flags\s*:.*\b(vmx|svm)\b", flags, re.MULTILINE):
         return "tcg"
@@ -133,22 +168,23 @@ def accelerator(host: Host) -> str:
     return "kvm"
 
 
-def require_emulator(host: Host) -> tuple[int, int]:
-    """The emulator's version.
+def require_emulator(host: Host, architecture: str = "amd64") -> tuple[int, int]:
+    """The version of an architecture's emulator.
 
     Raises:
         HostError: it is missing or too old; names the package.
     """
-    if host.which(EMULATOR) is None:
-        raise HostError(f"{EMULATOR} is not installed. On Debian and Ubuntu: apt install qemu-system-x86 qemu-utils")
-    output = host.ask([EMULATOR, "--version"])
+    emulator, package = ARCHITECTURES[architecture].emulator, ARCHITECTURES[architecture].package
+    if host.which(emulator) is None:
+        raise HostError(f"{emulator} is not installed. On Debian and Ubuntu: apt install {package} qemu-utils")
+    output = host.ask([emulator, "--version"])
     if output is None or not output.ok:
         words = output.stderr.strip() if output else "no answer within 30 s"
-        raise HostError(f"{EMULATOR} --version does not work: {words or 'it said nothing'}")
-    return check_version(output.stdout)
+        raise HostError(f"{emulator} --version does not work: {words or 'it said nothing'}")
+    return check_version(output.stdout, emulator, package)
 
 
-def check_version(text: str) -> tuple[int, int]:
+def check_version(text: str, emulator: str, package: str) -> tuple[int, int]:
     """Major and minor version in what the emulator says of itself.
 
     Raises:
@@ -156,12 +192,12 @@ def check_version(text: str) -> tuple[int, int]:
     """
     match = re.search(r"version (\d+)\.(\d+)", text)
     if match is None:
-        raise HostError(f"{EMULATOR} --version names no version: {text.strip()[:100]!r}")
+        raise HostError(f"{emulator} --version names no version: {text.strip()[:100]!r}")
     version = (int(match.group(1)), int(match.group(2)))
     if version < MINIMUM_VERSION:
         raise HostError(
-            f"{EMULATOR} is version {version[0]}.{version[1]}; lab hosts need {MINIMUM_VERSION[0]}."
-            f"{MINIMUM_VERSION[1]} or later. On Debian 12: apt install -t bookworm-backports qemu-system-x86"
+            f"{emulator} is version {version[0]}.{version[1]}; lab hosts need {MINIMUM_VERSION[0]}."
+            f"{MINIMUM_VERSION[1]} or later. On Debian 12: apt install -t bookworm-backports {package}"
         )
     return version
 

@@ -33,7 +33,47 @@ FIRST_DEVICE_SLOT = 0x10
 # Slot 0x1f is the chipset's own (ISA bridge, SATA, SMBus).
 LAST_DEVICE_SLOT = 0x1E
 
-IOMMUS = ("intel", "virtio", "none")
+
+@dataclass(frozen=True)
+class Architecture:
+    """What differs between the processors of lab hosts.
+
+    Attributes:
+        machine: the processor's name in ``uname -m`` and in the emulator's.
+        package: the Debian package with the emulator.
+        iommus: the IOMMUs that its machine can have; the first one is the default.
+        console: the kernel's name of the serial console.
+        packages: what a lab host has for it alone.
+    """
+
+    machine: str
+    package: str
+    iommus: tuple[str, ...]
+    console: str
+    packages: tuple[str, ...]
+
+    @property
+    def emulator(self) -> str:
+        return f"qemu-system-{self.machine}"
+
+
+#: By their names in Debian.
+ARCHITECTURES = {
+    "amd64": Architecture(
+        "x86_64",
+        "qemu-system-x86",
+        ("intel", "virtio", "none"),
+        "ttyS0",
+        ("grub-pc", "linux-image-amd64", "qemu-system-x86"),
+    ),
+    "arm64": Architecture(
+        "aarch64",
+        "qemu-system-arm",
+        ("smmuv3", "virtio", "none"),
+        "ttyAMA0",
+        ("dosfstools", "grub-efi-arm64", "linux-image-arm64", "qemu-system-arm"),
+    ),
+}
 
 _NAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 _IDENTIFIER = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]{0,40}")
@@ -132,6 +172,7 @@ class HostSpec:
     iommu: str = "intel"
     port: int = 0
     devices: tuple[Device, ...] = ()
+    architecture: str = "amd64"
 
     def hardware(self) -> Json:
         """What the emulated hardware depends on: two hosts with the same value have the same command line."""
@@ -140,6 +181,7 @@ class HostSpec:
             "cpus": self.cpus,
             "iommu": self.iommu,
             "devices": [_plain(device) for device in self.devices],
+            **({"architecture": self.architecture} if self.architecture != "amd64" else {}),
         }
 
 
@@ -196,11 +238,15 @@ def parse_host(raw: t.Mapping[str, t.Any], index: int = 0) -> HostSpec:
     name = str(raw.get("name") or "")
     check_name(name, f"hosts[{index}].name")
     where = f"host {name}: "
-    known = ("name", "image", "memory", "cpus", "iommu", "port", "devices")
+    known = ("name", "image", "memory", "cpus", "iommu", "port", "devices", "architecture")
     _refuse_unknown(raw, known, where)
-    iommu = str(raw.get("iommu") or "intel")
-    if iommu not in IOMMUS:
-        raise OptionError(f"{where}iommu", iommu, ", ".join(IOMMUS))
+    architecture = str(raw.get("architecture") or "amd64")
+    if architecture not in ARCHITECTURES:
+        raise OptionError(f"{where}architecture", architecture, ", ".join(ARCHITECTURES))
+    iommus = ARCHITECTURES[architecture].iommus
+    iommu = str(raw.get("iommu") or iommus[0])
+    if iommu not in iommus:
+        raise OptionError(f"{where}iommu", iommu, f"{', '.join(iommus)} (on {architecture})")
     declared = raw.get("devices") or []
     if not isinstance(declared, list):
         raise OptionError(f"{where}devices", declared, "a list of devices")
@@ -214,6 +260,7 @@ def parse_host(raw: t.Mapping[str, t.Any], index: int = 0) -> HostSpec:
         iommu=iommu,
         port=_whole(raw.get("port"), 0, 1, 65535, f"{where}port", "(or none, then a free one is taken)"),
         devices=_with_slots(devices, where),
+        architecture=architecture,
     )
 
 

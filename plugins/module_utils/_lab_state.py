@@ -22,6 +22,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._lab_host import Boot, Machine, end, start, wait, write_whole
 from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
     accelerator,
+    firmware_arguments,
     require_emulator,
     require_memory,
 )
@@ -138,7 +139,9 @@ class Lab:
                 additional += host.memory + OVERHEAD
         if starting:
             if not check_mode:
-                require_emulator(self._host)
+                for architecture in {host.architecture for host in starting}:
+                    require_emulator(self._host, architecture)
+                    firmware_arguments(self._host, architecture)
             require_memory(self._host, additional, [host.name for host in starting])
             plan.add(self._boot(starting, timeout))
         return plan
@@ -202,10 +205,9 @@ class Lab:
     def _boot_all(self, hosts: t.Sequence[HostSpec], timeout: float) -> None:
         """Start all, and wait for all. Where one fails, every emulator that was started here is ended."""
         boots: list[Boot] = []
-        kind = accelerator(self._host)
         try:
             for host in hosts:
-                boots.append(start(self.machine(host.name), host, kind))
+                boots.append(start(self.machine(host.name), host, accelerator(self._host, host.architecture)))
             wait(boots, timeout)
         except BaseException:
             for boot in boots:

@@ -20,6 +20,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _launcher, _qemu_command, _qemu_devices
 from ansible_collections.iommufd.host.plugins.module_utils._evidence import PassedDevice
 from ansible_collections.iommufd.host.plugins.module_utils._guest_devices import parse_devices
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import GuestMachine
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
 
@@ -30,6 +31,7 @@ class Plan:
     Attributes:
         host: where.
         name: of the guest; also of a unit, a domain, a directory below /run. No other guest has it.
+        machine: the kind of machine.
         qemu: path of the binary.
         memory: MiB.
         cpus: processors.
@@ -49,6 +51,7 @@ class Plan:
 
     host: Host
     name: str
+    machine: GuestMachine
     qemu: str
     memory: int
     cpus: int
@@ -108,6 +111,7 @@ class Plan:
             kvm: descriptor of /dev/kvm; None: QEMU opens the node.
         """
         return _qemu_command.Command(
+            machine=self.machine,
             binary=self.qemu,
             name=self.name,
             memory=self.memory,

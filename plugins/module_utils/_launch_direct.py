@@ -6,7 +6,7 @@
 
 ``direct``: we open the nodes and QEMU inherits the descriptors; it could not have opened them. Descriptors cannot be
 passed to the legacy container, so for a device on that QEMU gets a private ``/dev/vfio`` with its nodes alone, as
-libvirt makes one; the host's nodes stay as they are.
+libvirt makes one; the host's nodes stay as they are. Likewise a private ``/dev/kvm`` where QEMU opens that itself.
 
 ``self``: QEMU opens the nodes with what the host lets its user open.
 """
@@ -14,6 +14,7 @@ libvirt makes one; the host's nodes stay as they are.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import typing as t
 
@@ -22,7 +23,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._evidence import LEGACY_NUMBER
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._launch import Plan, Running, Words, hold
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM, LEGACY_CONTAINER
 
 
 @contextlib.contextmanager
@@ -41,7 +42,12 @@ def start(plan: Plan) -> t.Iterator[Running]:
             if kvm is None:
                 raise HostError(f"KVM cannot be used any more: {why}.", step="open")
             hold(stack, kvm)
-        yield stack.enter_context(_run(plan, held, kvm, private_nodes(plan.host, plan)))
+        nodes = private_nodes(plan.host, plan)
+        if kvm is not None and not plan.machine.passes_kvm:
+            number = os.fstat(kvm).st_rdev
+            nodes.append(_launcher.PrivateNode(KVM, (os.major(number), os.minor(number))))
+            kvm = None
+        yield stack.enter_context(_run(plan, held, kvm, nodes))
 
 
 @contextlib.contextmanager

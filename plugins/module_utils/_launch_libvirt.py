@@ -149,7 +149,7 @@ def domain(plan: Plan, directory: str, version: str | None, passed: bool) -> str
     cpu = "<cpu mode='host-passthrough'/>" if plan.accelerator == "kvm" else "<cpu mode='maximum'/>"
     serials = [
         f"<serial type='unix'><source mode='bind' path={quoteattr(f'{directory}/{name}')}/>"
-        f"<target type='isa-serial' port='{number}'/></serial>"
+        f"<target type='{plan.machine.libvirt_serial}' port='{number}'/></serial>"
         for number, name in enumerate(("console", "report"))
     ]
     words = "".join(f"<qemu:arg value={quoteattr(word)}/>" for word in extra)
@@ -159,12 +159,12 @@ def domain(plan: Plan, directory: str, version: str | None, passed: bool) -> str
   <memory unit='MiB'>{plan.memory}</memory>
   {limit}<vcpu>{plan.cpus}</vcpu>
   <os>
-    <type arch='x86_64' machine='q35'>hvm</type>
+    <type arch='{plan.machine.architecture}' machine='{plan.machine.machine}'>hvm</type>
     <kernel>{escape(directory)}/kernel</kernel>
     <initrd>{escape(directory)}/initramfs</initrd>
-    <cmdline>{escape(" ".join(_qemu_command.kernel_arguments()))}</cmdline>
+    <cmdline>{escape(" ".join(_qemu_command.kernel_arguments(plan.machine)))}</cmdline>
   </os>
-  <features><acpi/><vmport state='off'/></features>
+  <features>{plan.machine.libvirt_features}</features>
   {cpu}
   <on_poweroff>destroy</on_poweroff>
   <on_reboot>destroy</on_reboot>

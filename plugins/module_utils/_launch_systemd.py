@@ -71,7 +71,7 @@ def start(plan: Plan) -> t.Iterator[Running]:
             numbers[name] = opened(IOMMU, name)
         for device in plan.on("iommufd"):
             numbers[device.address] = opened(device.node, f"vfio{len(files)}")
-        kvm = opened(KVM, "kvm") if plan.accelerator == "kvm" else None
+        kvm = opened(KVM, "kvm") if plan.accelerator == "kvm" and plan.machine.passes_kvm else None
         own = f"/proc/{os.getpid()}/fd"
         images = [opened(f"{own}/{fd}", name, True) for fd, name in ((kernel, "kernel"), (initramfs, "initramfs"))]
         directory = f"/run/{plan.name}"
@@ -81,6 +81,8 @@ def start(plan: Plan) -> t.Iterator[Running]:
         arguments = plan.command(f"/proc/self/fd/{images[0]}", f"/proc/self/fd/{images[1]}", chardevs, numbers, kvm)
         properties = [f"OpenFile={text}" for text in files]
         properties += [f"DeviceAllow={node} rw" for node in allowed_nodes(plan)]
+        if plan.accelerator == "kvm" and kvm is None:
+            properties.append(f"SupplementaryGroups={os.stat(KVM).st_gid}")
         limit = "infinity" if plan.memlock is None else str(plan.memlock)
         properties += [
             "Type=exec", f"User={plan.user.name}", "DevicePolicy=closed", f"LimitMEMLOCK={limit}",

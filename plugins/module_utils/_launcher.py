@@ -43,7 +43,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 # linux/sched.h, linux/mount.h
 _CLONE_NEWNS = 0x20000
-_MS_NOSUID, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 8, 0x4000, 0x40000
+_MS_NOSUID, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 8, 0x1000, 0x4000, 0x40000
 
 # linux/iommufd.h: IOMMU_OPTION is _IO(';', 0x87) over struct iommu_option.
 _IOMMU_OPTION = 0x3B87
@@ -163,29 +163,33 @@ def _iommu_option(descriptor: int, request: int, operation: int, value: int) -> 
 def open_kvm(host: Host) -> tuple[int | None, str]:
     """Open /dev/kvm where it is of use.
 
-    The node alone says nothing: decided on the processor's own flag, and on whether a machine can be made.
+    The node alone says nothing: decided on whether a machine can be made, and on x86, where a paravirtual KVM may make
+    one that is of no use, on the processor's own flag. Other processors have no such flag.
 
     Returns:
         The descriptor or None, and the reason in words.
     """
-    flags = set()
-    for line in (host.read_text("/proc/cpuinfo") or "").splitlines():
-        if line.startswith("flags"):
-            flags = set(line.partition(":")[2].split())
-            break
-    flag = next((name for name in ("vmx", "svm") if name in flags), None)
-    if flag is None:
-        return None, "the processor offers neither vmx nor svm"
+    has = f"the processor is an {platform.machine()}"
+    if platform.machine() == "x86_64":
+        flags = set()
+        for line in (host.read_text("/proc/cpuinfo") or "").splitlines():
+            if line.startswith("flags"):
+                flags = set(line.partition(":")[2].split())
+                break
+        flag = next((name for name in ("vmx", "svm") if name in flags), None)
+        if flag is None:
+            return None, "the processor offers neither vmx nor svm"
+        has = f"the processor offers {flag}"
     try:
         descriptor = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        return None, f"the processor offers {flag}, but /dev/kvm cannot be opened: {error.strerror}"
+        return None, f"{has}, but /dev/kvm cannot be opened: {error.strerror}"
     try:
         os.close(fcntl.ioctl(descriptor, _KVM_CREATE_VM, 0))
     except OSError as error:
         os.close(descriptor)
-        return None, f"the processor offers {flag}, but /dev/kvm makes no machine: {error.strerror}"
-    return descriptor, f"the processor offers {flag} and /dev/kvm makes machines"
+        return None, f"{has}, but /dev/kvm makes no machine: {error.strerror}"
+    return descriptor, f"{has} and /dev/kvm makes machines"
 
 
 def memory_file(name: str, content: bytes, user: User) -> int:
@@ -259,7 +263,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class PrivateNode:
-    """A device node that only the process is to see, and may open: its path in ``/dev/vfio``, and its number."""
+    """A device node that only the process is to see, and may open: its path, and its number."""
 
     path: str
     number: tuple[int, int]
@@ -297,14 +301,19 @@ class _Privileges:
             os._exit(1)
 
     def _make_nodes(self) -> None:
-        """A /dev/vfio of the process's own, with its nodes alone: the kernel takes it away with the process."""
+        """A /dev/vfio of the process's own, with its nodes alone, and those that lie elsewhere in the place of the
+        host's: the kernel takes it all away with the process."""
         if self.libc.unshare(ctypes.c_int(_CLONE_NEWNS)):
             raise OSError(ctypes.get_errno(), f"unshare: {os.strerror(ctypes.get_errno())}")
         self._mount(None, "/", None, _MS_REC | _MS_PRIVATE, None)
         self._mount("tmpfs", VFIO_DIRECTORY, "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k")
         for node in self.nodes:
-            os.mknod(node.path, stat.S_IFCHR | 0o600, os.makedev(*node.number))
-            os.chown(node.path, self.user.uid, self.user.gid)
+            elsewhere = not node.path.startswith(f"{VFIO_DIRECTORY}/")
+            path = f"{VFIO_DIRECTORY}/{os.path.basename(node.path)}" if elsewhere else node.path
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(*node.number))
+            os.chown(path, self.user.uid, self.user.gid)
+            if elsewhere:
+                self._mount(path, node.path, None, _MS_BIND, None)
 
     def _mount(self, source: str | None, target: str, kind: str | None, flags: int, data: str | None) -> None:
         words = [None if text is None else text.encode() for text in (source, target, kind, data)]

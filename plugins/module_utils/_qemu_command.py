@@ -10,7 +10,8 @@ Nothing here opens anything: where something comes as a descriptor, its number i
 from __future__ import annotations
 
 import dataclasses
-import typing as t
+
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import GuestMachine
 
 #: Slots of the guest's root bus that passed devices get, in their order; 0x1f is the chipset's own.
 FIRST_SLOT = 0x02
@@ -79,6 +80,7 @@ class Command:
     """What the verification guest is made of.
 
     Attributes:
+        machine: the kind of machine.
         binary: path of QEMU.
         name: of the guest; stands in the process list.
         memory: MiB.
@@ -92,9 +94,9 @@ class Command:
         devices: arguments for the vfio devices and their iommufd objects (:func:`_qemu_devices.arguments`).
         ports: for devices that are plugged in later.
         monitor: where QMP commands come from, as a chardev; empty: nowhere.
-        settings: words for the guest kernel's command line beside our own.
     """
 
+    machine: GuestMachine
     binary: str
     name: str
     memory: int
@@ -108,17 +110,15 @@ class Command:
     devices: tuple[str, ...]
     ports: tuple[Port, ...] = ()
     monitor: str = ""
-    settings: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
-        """The argument vector for a PC (q35)."""
+        """The argument vector."""
         found = [self.binary, "-name", self.name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         found += ["-sandbox", SANDBOX, *trace_arguments()]
-        # Each controller left out is one that firmware and kernel do not probe; the i8042 alone costs seconds.
-        found += ["-machine", "q35,usb=off,sata=off,smbus=off,i8042=off,vmport=off,graphics=off"]
+        found += ["-machine", self.machine.machine_argument(self.accelerator)]
         if self.accelerator == "tcg":
             # The translation cache would take a quarter of the host's memory by default.
-            found += ["-accel", "tcg,tb-size=96", "-cpu", "max"]
+            found += ["-accel", "tcg,tb-size=96", "-cpu", self.machine.tcg_processor]
         elif self.kvm is None:
             found += ["-accel", "kvm", "-cpu", "host"]
         else:
@@ -126,11 +126,11 @@ class Command:
             found += ["-add-fd", f"fd={self.kvm},set=1", "-accel", "kvm,device=/dev/fdset/1", "-cpu", "host"]
         found += ["-m", str(self.memory), "-smp", str(self.cpus)]
         found += ["-kernel", self.kernel, "-initrd", self.initramfs]
-        found += ["-append", " ".join(kernel_arguments(self.settings))]
+        found += ["-append", " ".join(kernel_arguments(self.machine))]
         for number, (name, chardev) in enumerate((("console", self.console), ("report", self.report))):
             kind, _comma, rest = chardev.partition(",")
             found += ["-chardev", f"{kind},id={name},{rest}"]
-            found += ["-device", f"isa-serial,id=serial-{name},chardev={name},index={number}"]
+            found += self.machine.serial_arguments(number, name)
         if self.monitor:
             kind, _comma, rest = self.monitor.partition(",")
             found += ["-chardev", f"{kind},id=monitor,{rest}", "-qmp", "chardev:monitor"]
@@ -144,10 +144,10 @@ def trace_arguments() -> list[str]:
     return [word for trace in TRACES for word in ("-trace", trace)]
 
 
-def kernel_arguments(settings: t.Sequence[str] = ()) -> list[str]:
+def kernel_arguments(machine: GuestMachine) -> list[str]:
     """The guest kernel's command line: quiet, ends instead of hanging, and skips what this guest does not need."""
     return [
-        "console=ttyS0,115200",
+        f"console={machine.console}",
         "quiet",
         "panic=-1",
         "rdinit=/init",
@@ -157,6 +157,5 @@ def kernel_arguments(settings: t.Sequence[str] = ()) -> list[str]:
         "cryptomgr.notests",
         # The random number source by jitter measures itself for as long as many drivers take together.
         "initcall_blacklist=jent_mod_init",
-        "8250.nr_uarts=2",
-        *settings,
+        *machine.settings,
     ]

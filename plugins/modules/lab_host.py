@@ -18,7 +18,7 @@ description:
 author:
   - The iommufd.host authors (@iommufd)
 requirements:
-  - qemu-system-x86_64 8.0 or later, qemu-img, ssh-keygen
+  - qemu-system-x86_64 8.0 or later (or qemu-system-aarch64), qemu-img, ssh-keygen
 extends_documentation_fragment:
   - iommufd.host._attributes
   - iommufd.host._attributes.changes
@@ -56,13 +56,18 @@ options:
         description: Number of processors.
         type: int
         default: 2
+      architecture:
+        description: The processor of the host's image, by its name in Debian.
+        type: str
+        choices: [amd64, arm64]
+        default: amd64
+        version_added: 0.2.0
       iommu:
         description:
-          - The emulated IOMMU.
+          - The emulated IOMMU. Without it V(intel), on V(arm64) V(smmuv3).
           - V(virtio) has no interrupt remapping.
         type: str
-        choices: [intel, virtio, none]
-        default: intel
+        choices: [intel, smmuv3, virtio, none]
       port:
         description: Port of 127.0.0.1 for ssh. Without it a free one is chosen.
         type: int
@@ -215,7 +220,8 @@ def main() -> None:
         "image": {"type": "path"},
         "memory": {"type": "int", "default": 3072},
         "cpus": {"type": "int", "default": 2},
-        "iommu": {"type": "str", "choices": ["intel", "virtio", "none"], "default": "intel"},
+        "architecture": {"type": "str", "choices": ["amd64", "arm64"], "default": "amd64"},
+        "iommu": {"type": "str", "choices": ["intel", "smmuv3", "virtio", "none"]},
         "port": {"type": "int"},
         "devices": {"type": "list", "elements": "dict", "default": []},
     }

@@ -20,6 +20,7 @@ author:
   - The iommufd.host authors (@iommufd)
 requirements:
   - mmdebstrap, mkfs.ext4, qemu-img and qemu-system-x86_64 8.0 or later
+  - for arm64, qemu-system-aarch64 and its firmware (C(qemu-efi-aarch64)) in place of qemu-system-x86_64
 extends_documentation_fragment:
   - iommufd.host._attributes
   - iommufd.host._attributes.changes
@@ -53,6 +54,15 @@ options:
         machine in place of minutes on an emulated processor. For hosts on which something else is to be tried.
     type: bool
     default: false
+    version_added: 0.2.0
+  architecture:
+    description:
+      - The processor of the hosts, by its name in Debian. Hosts for V(arm64) boot by UEFI and can have an SMMUv3.
+      - An image for another processor than this machine's needs C(arch-test) and the emulator for single programs
+        (C(qemu-user-binfmt)).
+    type: str
+    choices: [amd64, arm64]
+    default: amd64
     version_added: 0.2.0
   mirror:
     description: Where to fetch packages from; without it mmdebstrap's own choice for the distribution.
@@ -123,6 +133,7 @@ def work(module: AnsibleModule) -> Outcome:
         params["check_valid_until"],
         params["kernel_arguments"],
         params["iommufd"],
+        params["architecture"],
     )
     cache = Path(os.path.abspath(params["cache_dir"]))
     path = image_path(spec, cache)
@@ -149,6 +160,7 @@ def main() -> None:
                 "size": {"type": "str", "default": "8G"},
                 "kernel_arguments": {"type": "list", "elements": "str", "default": []},
                 "iommufd": {"type": "bool", "default": False},
+                "architecture": {"type": "str", "choices": ["amd64", "arm64"], "default": "amd64"},
                 "mirror": {"type": "str"},
                 "check_valid_until": {"type": "bool", "default": True},
                 "cache_dir": {"type": "path", "default": "~/.cache/iommufd-host/images"},

@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import subprocess
+import typing as t
 from pathlib import Path
 
 import pytest
@@ -149,13 +150,37 @@ def image(release: str) -> bytes:
 
 
 def test_kernel_release() -> None:
-    assert _guest_image.kernel_release(image(RELEASE)) == RELEASE
+    assert _guest_image.kernel_release(image(RELEASE), "x86_64") == RELEASE
 
 
 @pytest.mark.parametrize("content", [b"", b"localhost\n", b"\x7fELF" + bytes(5000)])
 def test_no_kernel_image(content: bytes) -> None:
     with pytest.raises(HostError, match="no kernel image"):
-        _guest_image.kernel_release(content)
+        _guest_image.kernel_release(content, "x86_64")
+
+
+def arm64(release: str) -> bytes:
+    data = bytearray(0x1000)
+    data[0x38:0x3C] = b"ARM\x64"
+    text = f"\0Linux version {release} (debian-kernel@lists.debian.org) #1 SMP".encode()
+    data[0x600 : 0x600 + len(text)] = text
+    return bytes(data)
+
+
+def with_stub(payload: bytes) -> bytes:
+    head = struct.pack("<4s4sII8s24s", b"MZ\0\0", b"zimg", 0x200, len(payload), b"", b"gzip")
+    return head.ljust(0x200, b"\0") + payload + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, lambda plain: with_stub(gzip.compress(plain))])
+def test_kernel_release_of_arm64(packed: t.Callable[[bytes], bytes]) -> None:
+    assert _guest_image.kernel_release(packed(arm64(RELEASE)), "aarch64") == RELEASE
+
+
+@pytest.mark.parametrize("content", [b"", image(RELEASE), b"\x1f\x8bdamaged", with_stub(b"\x1f\x8bdamaged")])
+def test_no_kernel_image_of_arm64(content: bytes) -> None:
+    with pytest.raises(HostError, match="no kernel image for arm64"):
+        _guest_image.kernel_release(content, "aarch64")
 
 
 @pytest.mark.parametrize("place", [f"boot/vmlinuz-{RELEASE}", f"usr/lib/modules/{RELEASE}/vmlinuz"])
@@ -219,7 +244,7 @@ def test_archive_holds_what_the_devices_need_and_no_more(host: Host) -> None:
         GuestDevice("0000:00:03.0", "0x00ff00", EDU),
         GuestDevice("0000:00:04.0", "0x030200", VGA),
     ]
-    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, 1 << 20, 30)
+    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, "ttyS1", 1 << 20, 30)
     assert made.modules == ("nvme_auth", "nvme_core", "nvme")
     assert made.drivers == {"0000:00:02.0": ("nvme",), "0000:00:03.0": (), "0000:00:04.0": ()}
     names = archive_names(made.data)
@@ -240,13 +265,15 @@ def test_archive_holds_what_the_devices_need_and_no_more(host: Host) -> None:
     )
     assert archive_file(made.data, "guest/wants") == archive_file(made.data, "guest/devices")
     # Nothing is written and nothing sent unless it was asked for.
-    assert archive_file(made.data, "guest/settings") == (b"settle=30\nread_blocks=16\nexpendable=''\narp_target=''\n")
+    assert archive_file(made.data, "guest/settings") == (
+        b"report=ttyS1\nsettle=30\nread_blocks=16\nexpendable=''\narp_target=''\n"
+    )
     assert archive_file(made.data, "guest/modules/nvme.ko") == b"\x7fELF module nvme"
 
 
 def test_two_devices_of_one_driver_share_its_module(host: Host) -> None:
     devices = [GuestDevice("0000:00:02.0", "0x020000", E1000E), GuestDevice("0000:00:03.0", "0x020000", E1000E)]
-    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices)
+    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, "ttyS1")
     assert made.modules == ("e1000e",)
     assert made.firmware == dict.fromkeys(("0000:00:02.0", "0000:00:03.0"), ("intel/e1000e.bin",))
 
@@ -256,12 +283,15 @@ def test_a_device_that_comes_later_has_its_driver_and_is_not_waited_for(host: Ho
         GuestDevice("0000:00:02.0", "0x00ff00", EDU),
         GuestDevice("0000:01:00.0", "0x010802", NVME, plugged=True, expendable=True),
     ]
-    made = _guest_image.build(host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, arp_target="192.0.2.1")
+    made = _guest_image.build(
+        host, ModuleIndex(host, RELEASE), "/bin/busybox", devices, "ttyS1", arp_target="192.0.2.1"
+    )
     assert made.modules == ("nvme_auth", "nvme_core", "nvme")
     assert archive_file(made.data, "guest/devices") == b"0000:00:02.0 nothing\n"
     assert archive_file(made.data, "guest/wants") == b"0000:00:02.0 nothing\n0000:01:00.0 disk\n"
     settings = archive_file(made.data, "guest/settings").decode().splitlines()
-    assert settings[2:] == ["expendable=' 0000:01:00.0 '", "arp_target='192.0.2.1'"]
+    assert settings[0] == "report=ttyS1"
+    assert settings[3:] == ["expendable=' 0000:01:00.0 '", "arp_target='192.0.2.1'"]
 
 
 def test_init_is_valid_shell() -> None:

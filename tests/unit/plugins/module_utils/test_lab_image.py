@@ -39,6 +39,7 @@ def test_the_key_is_the_same_for_the_same_image() -> None:
         parse_image("trixie", check_valid_until=False),
         parse_image("trixie", kernel_arguments=["intel_iommu=off"]),
         parse_image("trixie", iommufd=True),
+        parse_image("trixie", architecture="arm64"),
     ],
 )
 def test_the_key_covers_every_input(other: ImageSpec) -> None:
@@ -47,6 +48,18 @@ def test_the_key_covers_every_input(other: ImageSpec) -> None:
 
 def test_a_package_that_is_there_anyway_makes_no_other_image() -> None:
     assert parse_image("trixie", ["openssh-server"]).key() == parse_image("trixie").key()
+
+
+def test_an_image_for_arm64_has_its_kernel_its_boot_loader_and_its_console() -> None:
+    spec = parse_image("trixie", architecture="arm64")
+    packages, files = spec.inputs()["packages"], spec.files()
+    assert {"linux-image-arm64", "grub-efi-arm64", "qemu-system-arm"} <= set(packages)
+    assert not {"linux-image-amd64", "grub-pc", "qemu-system-x86"} & set(packages)
+    assert "grub-install --target=arm64-efi" in files["lab-boot-loader"][1]
+    assert "grub-pc" not in spec.configure()
+    assert (
+        not [text for _mode, text in files.values() if "ttyS0" in text] and "serial-getty@ttyAMA0" in spec.configure()
+    )
 
 
 def test_an_image_with_dracut_has_no_initramfs_tools() -> None:

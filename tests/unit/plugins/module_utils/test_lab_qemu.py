@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
     accelerator,
     check_version,
+    firmware_arguments,
     host_arguments,
     require_memory,
 )
@@ -48,6 +49,34 @@ def test_interrupt_remapping_under_kvm_asks_for_a_split_interrupt_controller() -
     arguments = command(kind="kvm")
     assert values(arguments, "-machine") == ["q35,kernel-irqchip=split"]
     assert values(arguments, "-accel") == ["kvm"]
+
+
+def test_an_arm64_host_starts_in_el2_behind_an_smmu_with_uefi() -> None:
+    spec = parse_host({"name": "alpha", "architecture": "arm64"})
+    arguments = host_arguments(spec, "tcg", 2222, "the-uuid", ["-bios", "/QEMU_EFI.fd"])
+    assert arguments[0] == "qemu-system-aarch64"
+    assert values(arguments, "-machine") == ["virt,virtualization=on,gic-version=3,iommu=smmuv3"]
+    assert values(arguments, "-bios") == ["/QEMU_EFI.fd"]
+    assert not [text for text in values(arguments, "-device") if "iommu" in text]
+
+
+def test_the_firmware_of_an_arm64_host(tmp_path: Path) -> None:
+    assert not firmware_arguments(Host(str(tmp_path)), "amd64")
+    with pytest.raises(HostError, match="apt install qemu-efi-aarch64"):
+        firmware_arguments(Host(str(tmp_path)), "arm64")
+    path = "usr/share/edk2/aarch64/QEMU_EFI.fd"
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).touch()
+    assert firmware_arguments(Host(str(tmp_path)), "arm64") == ["-bios", f"/{path}"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "iommu", "accepted"),
+    [("amd64", "smmuv3", "intel, virtio, none"), ("arm64", "intel", "smmuv3, virtio, none")],
+)
+def test_an_iommu_that_the_processor_does_not_have(architecture: str, iommu: str, accepted: str) -> None:
+    with pytest.raises(OptionError, match=accepted):
+        parse_host({"name": "alpha", "architecture": architecture, "iommu": iommu})
 
 
 @pytest.mark.parametrize(
@@ -131,11 +160,13 @@ def test_a_node_that_makes_no_machine_is_no_kvm(tmp_path: Path) -> None:
 
 
 def test_the_emulators_version() -> None:
-    assert check_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\n") == (10, 0)
+    assert check_version(
+        "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\n", "qemu-system-x86_64", "qemu-system-x86"
+    ) == (10, 0)
     with pytest.raises(HostError, match=r"is version 7\.2; lab hosts need 8\.0 .*bookworm-backports"):
-        check_version("QEMU emulator version 7.2.15 (Debian 1:7.2+dfsg-7)\n")
+        check_version("QEMU emulator version 7.2.15 (Debian 1:7.2+dfsg-7)\n", "qemu-system-x86_64", "qemu-system-x86")
     with pytest.raises(HostError, match="names no version"):
-        check_version("nonsense")
+        check_version("nonsense", "qemu-system-x86_64", "qemu-system-x86")
 
 
 def test_memory_is_counted_before_it_is_used(tmp_path: Path) -> None:

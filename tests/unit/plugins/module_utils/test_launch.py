@@ -15,6 +15,7 @@ import pytest
 from ansible_collections.iommufd.host.plugins.module_utils import _launch_direct, _launch_libvirt, _launch_systemd
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._evidence import PassedDevice
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import guest_machine
 from ansible_collections.iommufd.host.plugins.module_utils._launch import Plan
 from ansible_collections.iommufd.host.plugins.module_utils._launch_libvirt import Log
 from ansible_collections.iommufd.host.plugins.module_utils._launcher import PrivateNode, User
@@ -46,6 +47,7 @@ def plan(machine: Machine, *devices: PassedDevice, **more: t.Any) -> Plan:
     fields: dict[str, t.Any] = {
         "host": machine.host,
         "name": "iommufd-verify-7",
+        "machine": guest_machine("x86_64"),
         "qemu": "/usr/bin/qemu-system-x86_64",
         "memory": 256,
         "cpus": 1,
@@ -146,6 +148,8 @@ def schema() -> Schema:
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_domain_is_valid(machine: Machine, schema: Schema, accelerator: str, passed: bool) -> None:
     made = plan(machine, device(0), device(1, "legacy"), accelerator=accelerator)
+    assert schema.errors(_launch_libvirt.domain(made, "/run/x", "12.8.0", passed)) == []
+    made.machine = guest_machine("aarch64")
     assert schema.errors(_launch_libvirt.domain(made, "/run/x", "12.8.0", passed)) == []
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 import dataclasses
 
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_command
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import guest_machine
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_command import Command, Port
 
 COMMAND = Command(
+    machine=guest_machine("x86_64"),
     binary="/usr/bin/qemu-system-x86_64",
     name="verify",
     memory=256,
@@ -93,3 +95,11 @@ def test_the_guest_ends_instead_of_hanging() -> None:
     (kernel_arguments,) = values(COMMAND.arguments(), "-append")
     assert "panic=-1" in kernel_arguments.split()
     assert "-no-reboot" in COMMAND.arguments()
+
+
+def test_a_guest_of_an_arm64_host_has_its_processors_machine_and_serial_ports() -> None:
+    arguments = dataclasses.replace(COMMAND, machine=guest_machine("aarch64")).arguments()
+    assert values(arguments, "-machine") == ["virt,usb=off,gic-version=host"]
+    assert values(arguments, "-serial") == ["chardev:console", "chardev:report"]
+    assert "console=ttyAMA0" in values(arguments, "-append")[0].split()
+    assert not [word for word in arguments if "isa-serial" in word]
