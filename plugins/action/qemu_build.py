@@ -49,6 +49,8 @@ class ActionModule(ActionBase):
 
     def build(self, result: Result, task_vars: Result | None) -> Result:
         """Have the module begin the build, follow it to its end, and fetch what it made."""
+        # By the name that the user knows: several builders may have one address.
+        self._builder = str(self._task.delegate_to or (task_vars or {}).get("inventory_hostname") or "builder")
         arguments = dict(self._task.args)
         answer = self._call(arguments, task_vars)
         if answer.get("running") and self._wanted(arguments.get("wait", True)) and not answer.get("failed"):
@@ -85,7 +87,7 @@ class ActionModule(ActionBase):
             except AnsibleConnectionFailure:
                 if misses == _PATIENCE:
                     raise  # the job goes on; the next run of the task finds it
-                display.display(f"  ... {self._where()}: not reached, tried again", color="bright gray")
+                display.display(f"  ... {self._builder}: not reached, tried again", color="bright gray")
                 said = {}
             alive, state = self._parse(str(said.get("stdout", "")))
             if state is None:
@@ -98,7 +100,7 @@ class ActionModule(ActionBase):
                     return self._ended(answer, state)
                 if interval and (state["phase"] != phase or time.monotonic() - shown >= interval):
                     shown, phase = time.monotonic(), state["phase"]
-                    display.display(f"  ... {self._where()}: {describe(state)}", color="bright gray")
+                    display.display(f"  ... {self._builder}: {describe(state)}", color="bright gray")
             time.sleep(_INTERVAL)
 
     @staticmethod
@@ -123,13 +125,10 @@ class ActionModule(ActionBase):
             }, seconds
         if state.get("error"):
             message = (
-                f"{state['error']['message'].rstrip('.')}. The whole log is {answer['log_file']} on {self._where()}"
+                f"{state['error']['message'].rstrip('.')}. The whole log is {answer['log_file']} on {self._builder}"
             )
             return {"msg": message, "log": state["error"]["log"], "phase": state["phase"]}, seconds
         return None, seconds
-
-    def _where(self) -> str:
-        return str(self._task.delegate_to or self._play_context.remote_addr or "builder")
 
     # -- the archive -----------------------------------------------------------------------------------------------
 
@@ -146,7 +145,7 @@ class ActionModule(ActionBase):
         try:
             self._connection.fetch_file(answer["artefact"], partial)
             if sha256(partial) != answer["checksum"]:
-                raise AnsibleError(f"{answer['artefact']} did not come whole from {self._where()}")
+                raise AnsibleError(f"{answer['artefact']} did not come whole from {self._builder}")
             os.replace(partial, path)
         finally:
             if os.path.exists(partial):

@@ -66,7 +66,7 @@ class Action(action.ActionModule):
     """The action plugin with this machine as the builder."""
 
     def __init__(self, arguments: Result, check_mode: bool = False) -> None:
-        self._task = types.SimpleNamespace(args=arguments, delegate_to="builder1", check_mode=check_mode)
+        self._task = types.SimpleNamespace(args=arguments, delegate_to=None, check_mode=check_mode)
         self._connection = types.SimpleNamespace(fetch_file=shutil.copyfile)
         self.calls = 0
 
@@ -80,7 +80,7 @@ class Action(action.ActionModule):
 
     def go(self) -> Result:
         """What :meth:`run` does after Ansible's own preparations."""
-        return self.build({}, None)
+        return self.build({}, {"inventory_hostname": "builder1", "ansible_host": "127.0.0.1"})
 
 
 @pytest.fixture
