@@ -95,10 +95,11 @@ def add_argument(family: str, argument: str) -> str:
     return f"add {argument} to the kernel command line in the boot loader's configuration and reboot"
 
 
+# Some have one for each kind of processor.
 _QEMU_PACKAGE = {
-    "debian": "`apt install qemu-system-x86` (Debian 13 or bookworm-backports; Ubuntu 24.10 and later)",
+    "debian": "`apt install qemu-system-{processor}` (Debian 13 or bookworm-backports; Ubuntu 24.10 and later)",
     "redhat": "`dnf install qemu-kvm`",
-    "suse": "`zypper install qemu-x86`",
+    "suse": "`zypper install qemu-{processor}`",
     "arch": "`pacman -S qemu-base`",
 }
 
@@ -536,6 +537,8 @@ def _qemu_iommufd(survey: Survey) -> Check:
     name = "qemu.iommufd"
     binaries = survey.get("qemu")
     package = _QEMU_PACKAGE.get(_family(survey), "the distribution's package of QEMU")
+    architecture = (survey.get("kernel") or {}).get("architecture")
+    package = package.format(processor="arm" if architecture == "aarch64" else "x86")
     remedy = f"Install QEMU 9.0 or later: {package}; or build one with the role iommufd.host.qemu."
     if binaries is None:
         return Check(name, SKIP, "The tree has no directory for programs.")

@@ -85,7 +85,10 @@ def find_binaries(host: Host) -> list[str]:
 
 
 # What brings the emulator: Debian, Red Hat, SUSE, Arch.
-_PACKAGES = ("qemu-system-x86", "pve-qemu-kvm", "qemu-kvm-core", "qemu-system-x86-core", "qemu-kvm", "qemu-x86", "qemu")
+_PACKAGES = (
+    "qemu-system-x86", "qemu-system-arm", "pve-qemu-kvm", "qemu-kvm-core", "qemu-system-x86-core",
+    "qemu-system-aarch64-core", "qemu-kvm", "qemu-x86", "qemu-arm", "qemu",
+)  # fmt: skip
 
 
 def package_version(host: Host) -> str | None:
