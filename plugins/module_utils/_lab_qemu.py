@@ -31,6 +31,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import (
 # The first version with igb, the one emulated network card that has virtual functions.
 MINIMUM_VERSION = (8, 0)
 
+# AMD-Vi before that: Linux panics ("timer doesn't work through Interrupt-remapped IO-APIC"), and devices time out.
+_MINIMUM_AMD = (10, 2)
+
 # What a host learns from its emulator at boot (systemd's system credentials); see the image's identity unit.
 CREDENTIALS = ("lab.hostname", "lab.authorized_keys", "lab.host_key")
 
@@ -110,6 +113,8 @@ def host_arguments(host: HostSpec, accelerator: str, port: int, uuid: str, firmw
     # The IOMMU comes first: it takes charge only of what is created after it.
     if host.iommu == "intel":
         device("intel-iommu,intremap=on,device-iotlb=on")
+    elif host.iommu == "amd":
+        device("amd-iommu,intremap=on,xtsup=on,dma-remap=on")
     elif host.iommu == "virtio":
         device(f"virtio-iommu-pci,bus=pcie.0,addr={IOMMU_SLOT:#x}")
 
@@ -182,6 +187,16 @@ def require_emulator(host: Host, architecture: str = "amd64") -> tuple[int, int]
         words = output.stderr.strip() if output else "no answer within 30 s"
         raise HostError(f"{emulator} --version does not work: {words or 'it said nothing'}")
     return check_version(output.stdout, emulator, package)
+
+
+def require_iommu(version: tuple[int, int], hosts: t.Sequence[HostSpec]) -> None:
+    """Raises HostError where an emulator of that version has no IOMMU that works for one of the hosts."""
+    for host in hosts:
+        if host.iommu == "amd" and version < _MINIMUM_AMD:
+            raise HostError(
+                f"host {host.name}: {ARCHITECTURES[host.architecture].emulator} is version {version[0]}.{version[1]}; "
+                f"iommu: amd needs {_MINIMUM_AMD[0]}.{_MINIMUM_AMD[1]} or later"
+            )
 
 
 def check_version(text: str, emulator: str, package: str) -> tuple[int, int]:

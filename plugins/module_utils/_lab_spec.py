@@ -62,7 +62,7 @@ ARCHITECTURES = {
     "amd64": Architecture(
         "x86_64",
         "qemu-system-x86",
-        ("intel", "virtio", "none"),
+        ("intel", "amd", "virtio", "none"),
         "ttyS0",
         ("grub-pc", "linux-image-amd64", "qemu-system-x86"),
     ),

@@ -24,6 +24,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
     accelerator,
     firmware_arguments,
     require_emulator,
+    require_iommu,
     require_memory,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import HostSpec, Json
@@ -140,7 +141,8 @@ class Lab:
         if starting:
             if not check_mode:
                 for architecture in {host.architecture for host in starting}:
-                    require_emulator(self._host, architecture)
+                    version = require_emulator(self._host, architecture)
+                    require_iommu(version, [host for host in starting if host.architecture == architecture])
                     firmware_arguments(self._host, architecture)
             require_memory(self._host, additional, [host.name for host in starting])
             plan.add(self._boot(starting, timeout))

@@ -66,8 +66,9 @@ options:
         description:
           - The emulated IOMMU. Without it V(intel), on V(arm64) V(smmuv3).
           - V(virtio) has no interrupt remapping.
+          - V(amd) needs QEMU 10.2 or later.
         type: str
-        choices: [intel, smmuv3, virtio, none]
+        choices: [intel, amd, smmuv3, virtio, none]
       port:
         description: Port of 127.0.0.1 for ssh. Without it a free one is chosen.
         type: int
@@ -221,7 +222,7 @@ def main() -> None:
         "memory": {"type": "int", "default": 3072},
         "cpus": {"type": "int", "default": 2},
         "architecture": {"type": "str", "choices": ["amd64", "arm64"], "default": "amd64"},
-        "iommu": {"type": "str", "choices": ["intel", "smmuv3", "virtio", "none"]},
+        "iommu": {"type": "str", "choices": ["intel", "amd", "smmuv3", "virtio", "none"]},
         "port": {"type": "int"},
         "devices": {"type": "list", "elements": "dict", "default": []},
     }

@@ -16,6 +16,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
     check_version,
     firmware_arguments,
     host_arguments,
+    require_iommu,
     require_memory,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import parse_host
@@ -60,6 +61,13 @@ def test_an_arm64_host_starts_in_el2_behind_an_smmu_with_uefi() -> None:
     assert not [text for text in values(arguments, "-device") if "iommu" in text]
 
 
+def test_amd_vi_needs_a_newer_emulator() -> None:
+    spec = parse_host({"name": "alpha", "iommu": "amd"})
+    require_iommu((10, 2), [spec])
+    with pytest.raises(HostError, match=r"host alpha: .* is version 10\.1; iommu: amd needs 10\.2 or later"):
+        require_iommu((10, 1), [spec])
+
+
 def test_the_firmware_of_an_arm64_host(tmp_path: Path) -> None:
     assert not firmware_arguments(Host(str(tmp_path)), "amd64")
     with pytest.raises(HostError, match="apt install qemu-efi-aarch64"):
@@ -72,7 +80,7 @@ def test_the_firmware_of_an_arm64_host(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "iommu", "accepted"),
-    [("amd64", "smmuv3", "intel, virtio, none"), ("arm64", "intel", "smmuv3, virtio, none")],
+    [("amd64", "smmuv3", "intel, amd, virtio, none"), ("arm64", "intel", "smmuv3, virtio, none")],
 )
 def test_an_iommu_that_the_processor_does_not_have(architecture: str, iommu: str, accepted: str) -> None:
     with pytest.raises(OptionError, match=accepted):
@@ -81,7 +89,11 @@ def test_an_iommu_that_the_processor_does_not_have(architecture: str, iommu: str
 
 @pytest.mark.parametrize(
     ("iommu", "model"),
-    [("intel", "intel-iommu,intremap=on,device-iotlb=on"), ("virtio", "virtio-iommu-pci,bus=pcie.0,addr=0x5")],
+    [
+        ("intel", "intel-iommu,intremap=on,device-iotlb=on"),
+        ("amd", "amd-iommu,intremap=on,xtsup=on,dma-remap=on"),
+        ("virtio", "virtio-iommu-pci,bus=pcie.0,addr=0x5"),
+    ],
 )
 def test_the_iommu_comes_before_what_it_takes_charge_of(iommu: str, model: str) -> None:
     assert values(command({"type": "nvme"}, iommu=iommu), "-device")[0] == model
