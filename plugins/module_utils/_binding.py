@@ -344,6 +344,15 @@ def _refuse_virtual(refusals: Refusals, situation: Situation, move: Move, chosen
     return bool(busy)
 
 
+def _group_comes_late(situation: Situation, function: Function) -> bool:
+    """Whether a function may get its IOMMU group only when a driver takes it.
+
+    On Arm, where firmware tables tell which IOMMU a device is behind, Linux before 6.15 reads them at that moment only
+    ("iommu: Get DT/ACPI parsing into the proper probe path"), so that a device without a driver has no group.
+    """
+    return function.driver is None and bool(situation.groups)
+
+
 def _refuse_group(refusals: Refusals, situation: Situation, move: Move, chosen: set[str]) -> None:
     number = move.function.iommu_group
     if number is None:
@@ -446,7 +455,7 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
             would = _refuse_uses(refusals, situation, move, request.force)
             never = _refuse_virtual(refusals, situation, move, chosen, request.force)
             helps = helps or (would and not never)
-        if not (request.pending and function.iommu_group is None):
+        if not (function.iommu_group is None and (request.pending or _group_comes_late(situation, function))):
             _refuse_group(refusals, situation, move, chosen)
         if move.needed and not request.pending:
             _refuse_driver(refusals, situation, move.to, request.require_cdev)
@@ -542,6 +551,8 @@ def _live_steps(host: Host, request: Request, moves: t.Sequence[Move]) -> list[S
                     timeout=request.timeout,
                     host=host,
                     mover=mover,
+                    late_group=function.iommu_group is None,
+                    moving=frozenset(one.address for one in moves),
                 )
             )
         else:

@@ -22,8 +22,13 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils._child import Child, Stuck
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
-from ansible_collections.iommufd.host.plugins.module_utils._pci import DEVICES
+from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
+    is_vfio_driver,
+    read_group,
+    read_members,
+    viable_with,
+)
+from ansible_collections.iommufd.host.plugins.module_utils._pci import DEVICES, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Step, run, wait_until
 
 PCI_DRIVERS = "/sys/bus/pci/drivers"
@@ -312,6 +317,8 @@ class Bind(Step):
         require_cdev: whether its character device must appear.
         timeout: seconds for the old driver to let go.
         mover: what moves the functions of this call.
+        late_group: whether it has no IOMMU group yet, so that the group can be looked at only afterwards.
+        moving: addresses that this call gives to vfio drivers.
     """
 
     address: str = ""
@@ -322,6 +329,8 @@ class Bind(Step):
     timeout: float = 30.0
     host: Host = dataclasses.field(default_factory=Host)
     mover: Mover | None = None
+    late_group: bool = False
+    moving: t.Collection[str] = ()
 
     def _forward(self) -> Handover:
         release = () if self.from_driver in (None, self.driver) else (self.from_driver,)
@@ -351,12 +360,29 @@ class Bind(Step):
                 f"{self.address} did not go to {self.driver}, it is bound to {bound or 'no driver'}"
                 + last_words(self.host, self.address)
             )
+        if self.late_group:
+            self._check_group()
         if self.require_cdev and not wait_until(lambda: cdev_ready(self.host, self.address), _CDEV_SECONDS, 0.02):
             if cdev_supported(self.host) is False:
                 raise HostError(NO_CDEV)
             raise HostError(
                 f"{self.address} is bound to {self.driver}, but its character device did not appear within "
                 f"{_CDEV_SECONDS:g} s" + last_words(self.host, self.address)
+            )
+
+    def _check_group(self) -> None:
+        function = read_function(self.host, self.address)
+        group = (
+            None if function is None or function.iommu_group is None else read_group(self.host, function.iommu_group)
+        )
+        if group is None:
+            raise HostError(f"{self.address} is in no IOMMU group on {self.driver} either: no IOMMU is in its way")
+        blocking = viable_with(group, read_members(self.host, group), self.moving)
+        if blocking:
+            listed = ", ".join(f"{one.address} ({one.driver})" for one in blocking)
+            raise HostError(
+                f"{self.address} came into IOMMU group {group.number}, which also holds {listed}; a group goes to a "
+                "guest as a whole or not at all"
             )
 
     def undo(self) -> None:

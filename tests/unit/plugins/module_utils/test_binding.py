@@ -220,6 +220,12 @@ def test_without_an_iommu_there_is_a_remedy(server: Machine) -> None:
     assert "the IOMMU is off. Turn it on" in refused(server, "09:00.0")
 
 
+def test_a_device_without_a_driver_may_get_its_group_later(server: Machine) -> None:
+    server.pci("0000:09:00.0", "1234:11e8", "00ff00")
+    (bind,) = [step for step in decided(server, "09:00.0").plan.steps if isinstance(step, Bind)]
+    assert bind.late_group and bind.moving == {"0000:09:00.0"}
+
+
 def test_pending_plans_what_can_be_planned_and_warns(server: Machine) -> None:
     server.pci("0000:09:00.0", "8086:10d3", driver="e1000e")
     binding = decided(server, "09:00.0", pending=True)

@@ -297,3 +297,44 @@ def test_a_move_goes_ahead_of_others_and_only_the_move(disk: Machine, monkeypatc
     with pytest.raises(HostError):
         Mover(disk.host).hand_over(Handover("0000:09:00.0", None, ()), move, 10)
     assert asked == [min(-10, before), before] * 2
+
+
+class Grouped(Mover):
+    """Binds, as a kernel does that finds out only then which IOMMU group a function is in."""
+
+    def __init__(self, machine: Machine, group: int | None) -> None:
+        super().__init__(machine.host)
+        self._machine = machine
+        self._group = group
+
+    def hand_over(self, forward: Handover, back: Handover, timeout: float) -> None:
+        path = self._machine.paths[forward.address]
+        self._machine.link(f"{path}/driver", f"/sys/bus/pci/drivers/{forward.override}")
+        if self._group is not None:
+            self._machine.link(f"{path}/iommu_group", f"/sys/kernel/iommu_groups/{self._group}")
+            self._machine.link(f"/sys/kernel/iommu_groups/{self._group}/devices/{forward.address}", path)
+
+
+def late(machine: Machine, group: int | None, *moving: str) -> Bind:
+    machine.pci(ADDRESS, "1234:11e8", "00ff00")
+    machine.directory("/sys/kernel/iommu_groups/13/devices")
+    mover = Grouped(machine, group)
+    return Bind(
+        "take it", address=ADDRESS, host=machine.host, mover=mover, require_cdev=False, late_group=True, moving=moving
+    )
+
+
+def test_a_group_that_comes_late_and_can_go_as_a_whole(machine: Machine) -> None:
+    machine.pci("0000:02:00.0", "1b36:0010", "010802", driver="nvme", group=13)
+    late(machine, 13, ADDRESS, "0000:02:00.0").apply()
+
+
+def test_a_group_that_comes_late_and_holds_a_device_of_the_host(machine: Machine) -> None:
+    machine.pci("0000:02:00.0", "1b36:0010", "010802", driver="nvme", group=13)
+    with pytest.raises(HostError, match=r"0000:01:00\.0 came into IOMMU group 13, .*0000:02:00\.0 \(nvme\)"):
+        late(machine, 13, ADDRESS).apply()
+
+
+def test_no_group_even_then(machine: Machine) -> None:
+    with pytest.raises(HostError, match="in no IOMMU group on vfio-pci either"):
+        late(machine, None, ADDRESS).apply()
