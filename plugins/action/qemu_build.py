@@ -43,14 +43,16 @@ class ActionModule(ActionBase):
     _supports_check_mode = True
     _supports_async = False
 
+    # Where the build is, by the name that the user knows: several builders may have one address.
+    _builder = "the builder"
+
     def run(self, tmp: str | None = None, task_vars: Result | None = None) -> Result:
         result: Result = super().run(tmp, task_vars)
         return self.build(result, task_vars)
 
     def build(self, result: Result, task_vars: Result | None) -> Result:
         """Have the module begin the build, follow it to its end, and fetch what it made."""
-        # By the name that the user knows: several builders may have one address.
-        self._builder = str(self._task.delegate_to or (task_vars or {}).get("inventory_hostname") or "builder")
+        self._builder = str(self._task.delegate_to or (task_vars or {}).get("inventory_hostname") or self._builder)
         arguments = dict(self._task.args)
         answer = self._call(arguments, task_vars)
         if answer.get("running") and self._wanted(arguments.get("wait", True)) and not answer.get("failed"):
