@@ -45,7 +45,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_members,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM, LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported
@@ -156,11 +156,6 @@ class Ready:
     def qemu_opens(self) -> bool:
         """Whether libvirt starts a QEMU that opens the nodes itself."""
         return self.request.launcher == "self" and self.request.started_by == "libvirt"
-
-    @property
-    def opens_kvm(self) -> bool:
-        """Whether QEMU has to open /dev/kvm itself, however it is started."""
-        return self.accelerator == "kvm" and not self.machine.passes_kvm
 
     def backends(self) -> dict[str, str]:
         """Address to backend. Where nothing is decided yet, what is checked is iommufd."""
@@ -576,10 +571,6 @@ def _choose_accelerator(host: Host, ready: Ready) -> None:
         ready.accelerator = wanted
         if wanted == "kvm" and descriptor is None:
             raise OptionError("accelerator", wanted, "auto or tcg on this host", why)
-    if ready.request.launcher == "systemd" and ready.opens_kvm:
-        # As production has it: QEMU's unit is in the node's group.
-        user = ready.user
-        ready.user = dataclasses.replace(user, groups=tuple(sorted({*user.groups, os.stat(KVM).st_gid})))
 
 
 def _check_memory(host: Host, ready: Ready) -> None:

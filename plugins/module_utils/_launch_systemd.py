@@ -82,7 +82,7 @@ def start(plan: Plan) -> t.Iterator[Running]:
         properties = [f"OpenFile={text}" for text in files]
         properties += [f"DeviceAllow={node} rw" for node in allowed_nodes(plan)]
         if plan.accelerator == "kvm" and kvm is None:
-            properties.append(f"SupplementaryGroups={os.stat(KVM).st_gid}")
+            properties += private_kvm(plan.name, plan.user, os.stat(KVM).st_rdev)
         limit = "infinity" if plan.memlock is None else str(plan.memlock)
         properties += [
             "Type=exec", f"User={plan.user.name}", "DevicePolicy=closed", f"LimitMEMLOCK={limit}",
@@ -106,6 +106,22 @@ def start(plan: Plan) -> t.Iterator[Running]:
             poll=process.poll,
             numbers=numbers,
         )
+
+
+def private_kvm(name: str, user: _launcher.User, number: int) -> list[str]:
+    """The properties by which a unit has a ``/dev/kvm`` that its user may open, and nobody else another one.
+
+    To be in the group of the host's node would do, too, but where that group may open /dev/iommu as well nothing would
+    show that the descriptors are what counts. The unit's own directory cannot hold it: /run takes no device nodes.
+
+    Args:
+        name: of the unit; the node is called so while the unit runs.
+        user: whom QEMU runs as.
+        number: of the device.
+    """
+    node = f"/dev/{name}-kvm"
+    make = f"mknod -m 0600 {node} c {os.major(number)} {os.minor(number)} && chown {user.uid}:{user.gid} {node}"
+    return [f'ExecStartPre=+/bin/sh -c "{make}"', f"BindPaths={node}:{KVM}", f"ExecStopPost=+/bin/rm -f {node}"]
 
 
 def allowed_nodes(plan: Plan) -> list[str]:

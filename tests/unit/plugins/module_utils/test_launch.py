@@ -162,6 +162,15 @@ def test_a_domain_with_iommufd_says_so_and_one_that_opens_itself_does_not(machin
     assert "hard_limit" in opening and "hard_limit" not in passing
 
 
+def test_a_unit_whose_qemu_opens_kvm_itself_has_a_node_of_its_own() -> None:
+    assert _launch_systemd.private_kvm("iommufd-verify-7", User("nobody", 65534, 65533), os.makedev(10, 232)) == [
+        'ExecStartPre=+/bin/sh -c "mknod -m 0600 /dev/iommufd-verify-7-kvm c 10 232 && '
+        'chown 65534:65533 /dev/iommufd-verify-7-kvm"',
+        "BindPaths=/dev/iommufd-verify-7-kvm:/dev/kvm",
+        "ExecStopPost=+/bin/rm -f /dev/iommufd-verify-7-kvm",
+    ]
+
+
 def test_an_older_libvirt_has_no_iommufd(machine: Machine) -> None:
     with pytest.raises(OptionError, match=r"12\.1 or later"):
         _launch_libvirt.domain(plan(machine), "/run/x", "11.3.0", True)
