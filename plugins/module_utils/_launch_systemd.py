@@ -121,7 +121,13 @@ def private_kvm(name: str, user: _launcher.User, number: int) -> list[str]:
     """
     node = f"/dev/{name}-kvm"
     make = f"mknod -m 0600 {node} c {os.major(number)} {os.minor(number)} && chown {user.uid}:{user.gid} {node}"
-    return [f'ExecStartPre=+/bin/sh -c "{make}"', f"BindPaths={node}:{KVM}", f"ExecStopPost=+/bin/rm -f {node}"]
+    return [
+        f"DeviceAllow={KVM} rwm",
+        f'ExecStartPre=+/bin/sh -c "{make}"',
+        # Not for the command that makes it: that one has such a /dev of its own, too, in which it is missing.
+        f"BindPaths=-{node}:{KVM}",
+        f"ExecStopPost=+/bin/rm -f {node}",
+    ]
 
 
 def allowed_nodes(plan: Plan) -> list[str]:

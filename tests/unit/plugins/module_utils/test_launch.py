@@ -164,9 +164,10 @@ def test_a_domain_with_iommufd_says_so_and_one_that_opens_itself_does_not(machin
 
 def test_a_unit_whose_qemu_opens_kvm_itself_has_a_node_of_its_own() -> None:
     assert _launch_systemd.private_kvm("iommufd-verify-7", User("nobody", 65534, 65533), os.makedev(10, 232)) == [
+        "DeviceAllow=/dev/kvm rwm",
         'ExecStartPre=+/bin/sh -c "mknod -m 0600 /dev/iommufd-verify-7-kvm c 10 232 && '
         'chown 65534:65533 /dev/iommufd-verify-7-kvm"',
-        "BindPaths=/dev/iommufd-verify-7-kvm:/dev/kvm",
+        "BindPaths=-/dev/iommufd-verify-7-kvm:/dev/kvm",
         "ExecStopPost=+/bin/rm -f /dev/iommufd-verify-7-kvm",
     ]
 
