@@ -85,13 +85,18 @@ def builders(place: pathlib.Path, log: pathlib.Path, **hosts: Json) -> t.Iterato
         server.wait()
 
 
-def break_connections(root: pathlib.Path) -> int:
-    """End every process of the builders' ssh server that serves a connection; how many there were."""
-    ended = 0
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            here = (process / "root").readlink() == root
-            if here and (process / "cmdline").read_text().startswith("sshd-session:"):
-                os.kill(int(process.name), signal.SIGKILL)
-                ended += 1
+def break_connections(root: pathlib.Path, seconds: float = 6) -> int:
+    """End every process of the builders' ssh server that serves a connection; how many there were.
+
+    For some seconds: ssh mends by itself what breaks between two commands.
+    """
+    ended, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        for process in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                here = (process / "root").readlink() == root
+                if here and (process / "cmdline").read_text().startswith("sshd-session:"):
+                    os.kill(int(process.name), signal.SIGKILL)
+                    ended += 1
+        time.sleep(0.1)
     return ended
