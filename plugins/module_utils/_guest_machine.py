@@ -27,6 +27,8 @@ class GuestMachine:
         passes_kvm: whether QEMU does with a descriptor of /dev/kvm. On Arm it opens the node itself to learn what the
             processor has, whatever it was given (target/arm/kvm.c, kvm_arm_create_scratch_host_vcpu).
         tcg_processor: the processor's model without KVM; with KVM it is the host's.
+        firmware: whether firmware lays out the PCI buses; else the guest's kernel does, which knows nothing of what a
+            root port is told to reserve.
         console: the guest kernel's name of its first serial port, with its speed.
         report: the name of its second one.
         serial_device: QEMU's device for a serial port; empty: the ports are the machine's own (``-serial``).
@@ -43,6 +45,7 @@ class GuestMachine:
     tcg_options: str
     passes_kvm: bool
     tcg_processor: str
+    firmware: bool
     console: str
     report: str
     serial_device: str
@@ -72,6 +75,7 @@ _MACHINES = {
         tcg_options="",
         passes_kvm=True,
         tcg_processor="max",
+        firmware=True,
         console="ttyS0,115200",
         report="ttyS1",
         serial_device="isa-serial",
@@ -89,6 +93,7 @@ _MACHINES = {
         tcg_options=",gic-version=3",
         passes_kvm=False,
         tcg_processor="max,pauth-impdef=on",
+        firmware=False,
         console="ttyAMA0",
         # QEMU's virt has a second serial port since 9.1.
         report="ttyAMA1",

@@ -40,6 +40,10 @@ def placement(number: int) -> dict[str, str | int]:
     return {"bus": "pcie.0", "addr": f"{FIRST_SLOT + number:#x}", "rombar": 0}
 
 
+# What both firmware and Linux (DEFAULT_HOTPLUG_MMIO_SIZE) reserve behind a port by themselves, in bytes.
+_RESERVED = 2 << 20
+
+
 @dataclasses.dataclass(frozen=True)
 class Port:
     """A PCI Express root port into which a device is plugged later.
@@ -47,7 +51,7 @@ class Port:
     Attributes:
         number: of its slot on the root bus, counted like the devices', which come before it.
         order: its place among the ports, from 0. Firmware numbers the buses behind them in the order of the slots.
-        window: bytes of memory below 4 GiB that the firmware reserves behind it; 0: what it takes by itself (2 MiB).
+        window: bytes of memory below 4 GiB that are reserved behind it; 0: what is without a word (2 MiB).
         window64: bytes of prefetchable memory, anywhere.
     """
 
@@ -126,7 +130,7 @@ class Command:
             found += ["-add-fd", f"fd={self.kvm},set=1", "-accel", "kvm,device=/dev/fdset/1", "-cpu", "host"]
         found += ["-m", str(self.memory), "-smp", str(self.cpus)]
         found += ["-kernel", self.kernel, "-initrd", self.initramfs]
-        found += ["-append", " ".join(kernel_arguments(self.machine))]
+        found += ["-append", " ".join(kernel_arguments(self.machine, self.ports))]
         for number, (name, chardev) in enumerate((("console", self.console), ("report", self.report))):
             kind, _comma, rest = chardev.partition(",")
             found += ["-chardev", f"{kind},id={name},{rest}"]
@@ -144,9 +148,15 @@ def trace_arguments() -> list[str]:
     return [word for trace in TRACES for word in ("-trace", trace)]
 
 
-def kernel_arguments(machine: GuestMachine) -> list[str]:
+def kernel_arguments(machine: GuestMachine, ports: t.Sequence[Port] = ()) -> list[str]:
     """The guest kernel's command line: quiet, ends instead of hanging, and skips what this guest does not need."""
+    windows = [max([getattr(port, name) for port in ports], default=0) for name in ("window", "window64")]
+    reserve = [
+        f"{word}={size >> 20}M" for word, size in zip(("hpmmiosize", "hpmmioprefsize"), windows) if size > _RESERVED
+    ]
     return [
+        # For all ports alike: what firmware would do for each by what QEMU tells it.
+        *([f"pci={','.join(reserve)}"] if reserve and not machine.firmware else []),
         f"console={machine.console}",
         "quiet",
         "panic=-1",

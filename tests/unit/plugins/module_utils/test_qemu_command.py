@@ -103,3 +103,12 @@ def test_a_guest_of_an_arm64_host_has_its_processors_machine_and_serial_ports() 
     assert values(arguments, "-serial") == ["chardev:console", "chardev:report"]
     assert "console=ttyAMA0" in values(arguments, "-append")[0].split()
     assert not [word for word in arguments if "isa-serial" in word]
+
+
+def test_where_no_firmware_reserves_memory_behind_ports_the_kernel_is_told_to() -> None:
+    ports = (Port(1, 0), Port(2, 1, 32 << 20, 1 << 34))
+    arguments = dataclasses.replace(COMMAND, machine=guest_machine("aarch64"), ports=ports).arguments()
+    assert "pci=hpmmiosize=32M,hpmmioprefsize=16384M" in values(arguments, "-append")[0].split()
+    small = dataclasses.replace(COMMAND, machine=guest_machine("aarch64"), ports=ports[:1]).arguments()
+    for command in (small, dataclasses.replace(COMMAND, ports=ports).arguments()):
+        assert not [word for word in values(command, "-append")[0].split() if word.startswith("pci=")]
