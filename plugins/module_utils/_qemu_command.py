@@ -10,6 +10,7 @@ Nothing here opens anything: where something comes as a descriptor, its number i
 from __future__ import annotations
 
 import dataclasses
+import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import GuestMachine
 
@@ -150,10 +151,11 @@ def trace_arguments() -> list[str]:
 
 def kernel_arguments(machine: GuestMachine, ports: t.Sequence[Port] = ()) -> list[str]:
     """The guest kernel's command line: quiet, ends instead of hanging, and skips what this guest does not need."""
-    windows = [max([getattr(port, name) for port in ports], default=0) for name in ("window", "window64")]
-    reserve = [
-        f"{word}={size >> 20}M" for word, size in zip(("hpmmiosize", "hpmmioprefsize"), windows) if size > _RESERVED
-    ]
+    largest = {
+        "hpmmiosize": max([port.window for port in ports], default=0),
+        "hpmmioprefsize": max([port.window64 for port in ports], default=0),
+    }
+    reserve = [f"{word}={size >> 20}M" for word, size in largest.items() if size > _RESERVED]
     return [
         # For all ports alike: what firmware would do for each by what QEMU tells it.
         *([f"pci={','.join(reserve)}"] if reserve and not machine.firmware else []),
