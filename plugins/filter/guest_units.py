@@ -29,18 +29,24 @@ options:
     description: The group of guests that do not name one.
     type: str
   qemu:
-    description: Path of QEMU, of guests that do not name it.
+    description: Path of QEMU, of guests that do not name it. Without it the distribution's for O(architecture).
     type: str
-    default: /usr/bin/qemu-system-x86_64
   machine:
-    description: Machine type of guests that do not name one.
+    description: Machine type of guests that do not name one. Without it C(q35), with O(architecture=aarch64) C(virt).
     type: str
-    default: q35
   accelerator:
     description: How the processors of guests are made that do not say it.
     type: str
     choices: [kvm, tcg]
     default: kvm
+  architecture:
+    description:
+      - The host's processor, as C(uname -m) has it.
+      - With V(aarch64) QEMU opens C(/dev/kvm) itself, so that the unit is in group C(kvm).
+    type: str
+    choices: [x86_64, aarch64]
+    default: x86_64
+    version_added: 0.2.0
 seealso:
   - plugin: iommufd.host.qemu_args
     plugin_type: filter
@@ -75,6 +81,10 @@ _value:
     user:
       description: Whom QEMU runs as.
       type: str
+    supplementary_groups:
+      description: Further groups of the unit.
+      type: list
+      elements: str
     open_files:
       description: Values of C(OpenFile), in their order.
       type: list
@@ -122,13 +132,14 @@ def guest_units(
     guests: t.Any,
     user: str | None = None,
     group: str | None = None,
-    qemu: str = Defaults.qemu,
-    machine: str = Defaults.machine,
+    qemu: str | None = None,
+    machine: str | None = None,
     accelerator: str = Defaults.accelerator,
+    architecture: str = Defaults.architecture,
 ) -> list[dict[str, t.Any]]:
     """What the units of guests say, see DOCUMENTATION."""
     with refusing("guest_units"):
-        return units("guests", guests, Defaults(user, group, qemu, machine, accelerator))
+        return units("guests", guests, Defaults(user, group, qemu, machine, accelerator, architecture))
 
 
 class FilterModule:

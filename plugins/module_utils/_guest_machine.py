@@ -58,6 +58,10 @@ class GuestMachine:
         """QEMU's ``-machine``, for "kvm" or "tcg"."""
         return self.machine + self.options + (self.kvm_options if accelerator == "kvm" else self.tcg_options)
 
+    def plain_argument(self, accelerator: str) -> str:
+        """The same for a guest that may have what that kind of machine has."""
+        return self.machine + (self.kvm_options if accelerator == "kvm" else self.tcg_options)
+
     def serial_arguments(self, number: int, name: str) -> list[str]:
         """QEMU's arguments for the serial port of that number, which is the chardev of that name."""
         if self.serial_device:
@@ -104,6 +108,10 @@ _MACHINES = {
         package="qemu-system-arm",
     ),
 }
+
+
+#: What there is a machine for, as ``uname -m`` calls it.
+ARCHITECTURES = tuple(_MACHINES)
 
 
 def binaries(architecture: str) -> tuple[str, ...]:

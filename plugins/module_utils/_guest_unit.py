@@ -17,6 +17,7 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest_devices import GuestDevice, parse_devices
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import ARCHITECTURES, guest_machine
 from ansible_collections.iommufd.host.plugins.module_utils._memlock import parse_guests, parse_size
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, KVM
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_command import SANDBOX
@@ -54,13 +55,23 @@ _KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What guests have that do not say it."""
+    """What guests have that do not say it.
+
+    Attributes:
+        user: who runs QEMU.
+        group: that user's group; None: the primary one.
+        qemu: path of QEMU; None: the distribution's for the architecture.
+        machine: its type; None: what is usual for the architecture.
+        accelerator: "kvm" or "tcg".
+        architecture: the host's, as ``uname -m`` has it.
+    """
 
     user: str | None = None
     group: str | None = None
-    qemu: str = "/usr/bin/qemu-system-x86_64"
-    machine: str = "q35"
+    qemu: str | None = None
+    machine: str | None = None
     accelerator: str = "kvm"
+    architecture: str = "x86_64"
 
 
 # -- systemd's languages -----------------------------------------------------------------------------------------------
@@ -110,6 +121,8 @@ def units(option: str, guests: object, defaults: Defaults) -> list[Json]:
     """
     if not isinstance(guests, (list, tuple)):
         raise OptionError(option, guests, "a list of guests, each a dictionary with name, devices and memory")
+    if defaults.architecture not in ARCHITECTURES:
+        raise OptionError("architecture", defaults.architecture, ", ".join(ARCHITECTURES))
     found = [_guest(f"{option}[{index}]", guest, defaults) for index, guest in enumerate(guests)]
     owners: dict[str, Json] = {}
     for one in found:
@@ -145,11 +158,14 @@ def _guest(option: str, value: object, defaults: Defaults) -> Json:
     group = given.get("group", defaults.group)
     if group is not None:
         group = _text(option, given, "group", defaults.group, _USER, "the name of a group")
-    qemu = _text(option, given, "qemu", defaults.qemu, re.compile(r"(/[^/\x00-\x1f]+)+"), "the absolute path of QEMU")
-    machine = _text(option, given, "machine", defaults.machine, _MACHINE, "a machine type of QEMU, such as q35")
+    kind = guest_machine(defaults.architecture)
+    usual = defaults.qemu or f"/usr/bin/qemu-system-{defaults.architecture}"
+    qemu = _text(option, given, "qemu", usual, re.compile(r"(/[^/\x00-\x1f]+)+"), "the absolute path of QEMU")
     accelerator = given.get("accelerator", defaults.accelerator)
     if accelerator not in ("kvm", "tcg"):
         raise OptionError(f"{option}.accelerator", accelerator, "kvm, tcg")
+    usual = defaults.machine or kind.plain_argument(accelerator)
+    machine = _text(option, given, "machine", usual, _MACHINE, f"a machine type of QEMU, such as {kind.machine}")
     cpus = _number(option, given, "cpus", 1, 1, 4096)
     memory = parse_size(f"{option}.memory", given.get("memory"))
     if memory % MIB:
@@ -159,7 +175,9 @@ def _guest(option: str, value: object, defaults: Defaults) -> Json:
     descriptors = list(passed.descriptors)
     words = [qemu, "-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", SANDBOX]
     words += ["-machine", machine]
-    if accelerator == "kvm":
+    if accelerator == "kvm" and not kind.passes_kvm:
+        words += ["-accel", "kvm"]
+    elif accelerator == "kvm":
         # As a descriptor, so that the user needs no membership of the group that owns /dev/kvm.
         number = descriptors[-1].number + 1
         descriptors.append(Descriptor(number, KVM, "kvm"))
@@ -180,6 +198,8 @@ def _guest(option: str, value: object, defaults: Defaults) -> Json:
         "runtime_directory": f"{PREFIX}{name}",
         "user": user,
         "group": group,
+        # Where QEMU opens /dev/kvm itself: the group that udev's own rules give it to.
+        "supplementary_groups": ["kvm"] if accelerator == "kvm" and not kind.passes_kvm else [],
         "enabled": _truth(f"{option}.enabled", given.get("enabled", False)),
         "memory": memory // MIB,
         "addresses": [device.address for device in devices],

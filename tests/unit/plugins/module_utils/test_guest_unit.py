@@ -124,6 +124,17 @@ def test_names_of_device_units() -> None:
             assert device_unit(name) == said.strip()
 
 
+def test_a_guest_of_an_arm_host_opens_kvm_itself_and_is_in_its_group() -> None:
+    (found,) = units("guests", [GUEST], Defaults(architecture="aarch64"))
+    words = " ".join(found["arguments"])
+    assert words.startswith("/usr/bin/qemu-system-aarch64 ")
+    assert " -machine virt,gic-version=host -accel kvm -cpu host " in words
+    assert found["supplementary_groups"] == ["kvm"] and not one()["supplementary_groups"]
+    assert not [file for file in found["open_files"] if "/dev/kvm" in file] and "/dev/kvm rw" in found["device_allow"]
+    with pytest.raises(OptionError, match="architecture: 's390x'.*x86_64, aarch64"):
+        units("guests", [GUEST], Defaults(architecture="s390x"))
+
+
 def test_an_open_file_with_a_specifier() -> None:
     assert open_file("/dev/a%b:c", "x") == r"/dev/a%%b\x3ac:x"
 
