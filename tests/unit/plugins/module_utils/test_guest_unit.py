@@ -131,7 +131,7 @@ def test_a_guest_of_an_arm_host_opens_kvm_itself_and_is_in_its_group() -> None:
     assert " -machine virt,gic-version=host -accel kvm -cpu host " in words
     assert found["supplementary_groups"] == ["kvm"] and not one()["supplementary_groups"]
     assert not [file for file in found["open_files"] if "/dev/kvm" in file] and "/dev/kvm rw" in found["device_allow"]
-    with pytest.raises(OptionError, match="architecture: 's390x'.*x86_64, aarch64"):
+    with pytest.raises(OptionError, match=r"architecture: 's390x'.*x86_64, aarch64"):
         units("guests", [GUEST], Defaults(architecture="s390x"))
 
 
