@@ -521,7 +521,7 @@ def _require_tools(host: Host, architecture: str) -> None:
         raise HostError(
             f"Tools are missing to build an image. On Debian and Ubuntu: apt install {' '.join(sorted(missing))}"
         )
-    require_emulator(host, architecture)
+    require_emulator(host, ARCHITECTURES[architecture].emulator, architecture)
     firmware_arguments(host, architecture)
     said = host.ask(["arch-test", architecture]) if foreign else None
     if foreign and (said is None or not said.ok):
@@ -643,7 +643,7 @@ def _install_boot_loader(spec: ImageSpec, work: Path, raw: Path, log: Path, host
     """Boot the disk once, with its own kernel given directly, and let it make itself bootable."""
     serial, console = work / "serial.log", spec.processor.console
     command = [
-        *machine_arguments(accelerator(host, spec.architecture), 1024, 2, spec.architecture),
+        *machine_arguments(spec.processor.emulator, accelerator(host, spec.architecture), 1024, 2, spec.architecture),
         *("-no-reboot", "-serial", f"file:{serial}"),
         *("-kernel", str(work / "vmlinuz"), "-initrd", str(work / "initrd.img")),
         *("-append", f"root=LABEL=lab-root rw console={console} quiet panic=-1 init=/lab-boot-loader"),

@@ -47,7 +47,9 @@ _FIRMWARE = (
 _KVM_CREATE_VM = 0xAE01  # linux/kvm.h: _IO(KVMIO, 0x01)
 
 
-def machine_arguments(accelerator: str, memory: int, cpus: int, architecture: str, iommu: str = "none") -> list[str]:
+def machine_arguments(
+    program: str, accelerator: str, memory: int, cpus: int, architecture: str, iommu: str = "none"
+) -> list[str]:
     """The arguments that the machine of an image build and of a host have in common."""
     kvm = accelerator == "kvm"
     if architecture == "arm64":
@@ -65,7 +67,7 @@ def machine_arguments(accelerator: str, memory: int, cpus: int, architecture: st
         # guest has four levels of page tables instead of five, and an emulated page walk is a fifth shorter.
         processor = "max,la57=off"
     return [
-        ARCHITECTURES[architecture].emulator,
+        program,
         *("-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", machine),
         *("-accel", "kvm" if kvm else "tcg,thread=multi"),
@@ -98,7 +100,7 @@ def host_arguments(host: HostSpec, accelerator: str, port: int, uuid: str, firmw
         uuid: makes the process recognizable.
         firmware: what it boots by, see `firmware_arguments`.
     """
-    arguments = machine_arguments(accelerator, host.memory, host.cpus, host.architecture, host.iommu)
+    arguments = machine_arguments(host.program, accelerator, host.memory, host.cpus, host.architecture, host.iommu)
     arguments += firmware
     arguments += ["-name", f"guest={host.name},debug-threads=on", "-uuid", uuid, "-pidfile", "qemu.pid"]
     arguments += ["-chardev", "file,id=serial,path=serial.log,append=on", "-serial", "chardev:serial"]
@@ -173,33 +175,32 @@ def accelerator(host: Host, architecture: str = "amd64") -> str:
     return "kvm"
 
 
-def require_emulator(host: Host, architecture: str = "amd64") -> tuple[int, int]:
-    """The version of an architecture's emulator.
+def require_emulator(host: Host, program: str, architecture: str) -> tuple[int, int]:
+    """The version of an emulator of an architecture.
 
     Raises:
         HostError: it is missing or too old; names the package.
     """
-    emulator, package = ARCHITECTURES[architecture].emulator, ARCHITECTURES[architecture].package
-    if host.which(emulator) is None:
-        raise HostError(f"{emulator} is not installed. On Debian and Ubuntu: apt install {package} qemu-utils")
-    output = host.ask([emulator, "--version"])
+    package = ARCHITECTURES[architecture].package
+    if host.which(program) is None:
+        raise HostError(f"{program} is not installed. On Debian and Ubuntu: apt install {package} qemu-utils")
+    output = host.ask([program, "--version"])
     if output is None or not output.ok:
         words = output.stderr.strip() if output else "no answer within 30 s"
-        raise HostError(f"{emulator} --version does not work: {words or 'it said nothing'}")
-    return check_version(output.stdout, emulator, package)
+        raise HostError(f"{program} --version does not work: {words or 'it said nothing'}")
+    return check_version(output.stdout, program, package)
 
 
-def require_iommu(version: tuple[int, int], hosts: t.Sequence[HostSpec]) -> None:
-    """Raises HostError where an emulator of that version has no IOMMU that works for one of the hosts."""
-    for host in hosts:
-        if host.iommu == "amd" and version < _MINIMUM_AMD:
-            raise HostError(
-                f"host {host.name}: {ARCHITECTURES[host.architecture].emulator} is version {version[0]}.{version[1]}; "
-                f"iommu: amd needs {_MINIMUM_AMD[0]}.{_MINIMUM_AMD[1]} or later"
-            )
+def require_iommu(version: tuple[int, int], host: HostSpec) -> None:
+    """Raises HostError where an emulator of that version has no IOMMU that works for the host."""
+    if host.iommu == "amd" and version < _MINIMUM_AMD:
+        raise HostError(
+            f"host {host.name}: {host.program} is version {version[0]}.{version[1]}; iommu: amd needs "
+            f"{_MINIMUM_AMD[0]}.{_MINIMUM_AMD[1]} or later (emulator names another one)"
+        )
 
 
-def check_version(text: str, emulator: str, package: str) -> tuple[int, int]:
+def check_version(text: str, program: str, package: str) -> tuple[int, int]:
     """Major and minor version in what the emulator says of itself.
 
     Raises:
@@ -207,11 +208,11 @@ def check_version(text: str, emulator: str, package: str) -> tuple[int, int]:
     """
     match = re.search(r"version (\d+)\.(\d+)", text)
     if match is None:
-        raise HostError(f"{emulator} --version names no version: {text.strip()[:100]!r}")
+        raise HostError(f"{program} --version names no version: {text.strip()[:100]!r}")
     version = (int(match.group(1)), int(match.group(2)))
     if version < MINIMUM_VERSION:
         raise HostError(
-            f"{emulator} is version {version[0]}.{version[1]}; lab hosts need {MINIMUM_VERSION[0]}."
+            f"{program} is version {version[0]}.{version[1]}; lab hosts need {MINIMUM_VERSION[0]}."
             f"{MINIMUM_VERSION[1]} or later. On Debian 12: apt install -t bookworm-backports {package}"
         )
     return version

@@ -163,7 +163,11 @@ class Device:
 
 @dataclass(frozen=True)
 class HostSpec:
-    """One declared host, checked. ``memory`` is in MiB; ``port`` 0 means one that is free."""
+    """One declared host, checked.
+
+    ``memory`` is in MiB; ``port`` 0 means one that is free; ``emulator`` is a path, or empty for the usual one of the
+    architecture.
+    """
 
     name: str
     image: str
@@ -173,6 +177,12 @@ class HostSpec:
     port: int = 0
     devices: tuple[Device, ...] = ()
     architecture: str = "amd64"
+    emulator: str = ""
+
+    @property
+    def program(self) -> str:
+        """What emulates it."""
+        return self.emulator or ARCHITECTURES[self.architecture].emulator
 
     def hardware(self) -> Json:
         """What the emulated hardware depends on: two hosts with the same value have the same command line."""
@@ -182,6 +192,7 @@ class HostSpec:
             "iommu": self.iommu,
             "devices": [_plain(device) for device in self.devices],
             **({"architecture": self.architecture} if self.architecture != "amd64" else {}),
+            **({"emulator": self.emulator} if self.emulator else {}),
         }
 
 
@@ -238,7 +249,7 @@ def parse_host(raw: t.Mapping[str, t.Any], index: int = 0) -> HostSpec:
     name = str(raw.get("name") or "")
     check_name(name, f"hosts[{index}].name")
     where = f"host {name}: "
-    known = ("name", "image", "memory", "cpus", "iommu", "port", "devices", "architecture")
+    known = ("name", "image", "memory", "cpus", "iommu", "port", "devices", "architecture", "emulator")
     _refuse_unknown(raw, known, where)
     architecture = str(raw.get("architecture") or "amd64")
     if architecture not in ARCHITECTURES:
@@ -261,6 +272,7 @@ def parse_host(raw: t.Mapping[str, t.Any], index: int = 0) -> HostSpec:
         port=_whole(raw.get("port"), 0, 1, 65535, f"{where}port", "(or none, then a free one is taken)"),
         devices=_with_slots(devices, where),
         architecture=architecture,
+        emulator=str(raw.get("emulator") or ""),
     )
 
 

@@ -140,10 +140,12 @@ class Lab:
                 additional += host.memory + OVERHEAD
         if starting:
             if not check_mode:
-                for architecture in {host.architecture for host in starting}:
-                    version = require_emulator(self._host, architecture)
-                    require_iommu(version, [host for host in starting if host.architecture == architecture])
-                    firmware_arguments(self._host, architecture)
+                versions: dict[str, tuple[int, int]] = {}
+                for host in starting:
+                    if host.program not in versions:
+                        versions[host.program] = require_emulator(self._host, host.program, host.architecture)
+                    require_iommu(versions[host.program], host)
+                    firmware_arguments(self._host, host.architecture)
             require_memory(self._host, additional, [host.name for host in starting])
             plan.add(self._boot(starting, timeout))
         return plan

@@ -110,18 +110,6 @@ class Network:
         lower = any(entry.startswith("lower_") for entry in entries)
         return "team" if self.host.exists(f"/run/teamd/{name}.pid") or (lower and "team" in name) else ""
 
-    def chains(self, name: str) -> t.Iterator[list[str]]:
-        """Every interface that stands on one, with the way to it: ["eno50"], ["eno50", "bond0"], …; each once."""
-        seen = {name}
-        todo = collections.deque([[name]])
-        while todo:
-            chain = todo.popleft()
-            yield chain
-            for upper in sorted(self.above.get(chain[-1], ())):
-                if upper not in seen:
-                    seen.add(upper)
-                    todo.append([*chain, upper])
-
     # -- addresses -------------------------------------------------------------------------------------------------
 
     @functools.cached_property

@@ -189,21 +189,6 @@ class Storage:
 
     # -- walking ---------------------------------------------------------------------------------------------------
 
-    def chains(self, name: str) -> t.Iterator[list[str]]:
-        """Every device that stands on one, with the way to it: ["sda"], ["sda", "sda2"], ["sda", "sda2", "md0"], …
-
-        Each device appears once, by the shortest way.
-        """
-        seen = {name}
-        todo = collections.deque([[name]])
-        while todo:
-            chain = todo.popleft()
-            yield chain
-            for upper in sorted(self.above.get(chain[-1], ())):
-                if upper not in seen:
-                    seen.add(upper)
-                    todo.append([*chain, upper])
-
     def roots(self, name: str) -> set[str]:
         """The devices at the bottom of a stack: those that stand on no other block device."""
         seen: set[str] = set()

@@ -16,6 +16,7 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
+from ansible_collections.iommufd.host.plugins.module_utils._layers import chains
 from ansible_collections.iommufd.host.plugins.module_utils._network import (
     DATAPATH,
     Network,
@@ -137,7 +138,7 @@ class _Search:
             addresses = self._functions_of_block(name)
             if not addresses:
                 continue
-            for chain in storage.chains(name):
+            for chain in chains(storage.above, name):
                 labels = [storage.devices[one].label for one in chain]
                 for use in storage.uses.get(chain[-1], ()):
                     self._note(addresses, Use(use.kind, use.name, f"{' > '.join(labels)} {use.words}"))
@@ -152,7 +153,7 @@ class _Search:
             seen.update(addresses)
             if not addresses:
                 continue
-            for chain in network.chains(name):
+            for chain in chains(network.above, name):
                 top, way = chain[-1], " > ".join(chain)
                 if len(chain) > 1:
                     kind = network.kinds.get(top) or "upper"

@@ -62,6 +62,10 @@ options:
         choices: [amd64, arm64]
         default: amd64
         version_added: 0.2.0
+      emulator:
+        description: Path of QEMU, where it is not the one that is installed.
+        type: path
+        version_added: 0.2.0
       iommu:
         description:
           - The emulated IOMMU. Without it V(intel), on V(arm64) V(smmuv3).
@@ -222,6 +226,7 @@ def main() -> None:
         "memory": {"type": "int", "default": 3072},
         "cpus": {"type": "int", "default": 2},
         "architecture": {"type": "str", "choices": ["amd64", "arm64"], "default": "amd64"},
+        "emulator": {"type": "path"},
         "iommu": {"type": "str", "choices": ["intel", "amd", "smmuv3", "virtio", "none"]},
         "port": {"type": "int"},
         "devices": {"type": "list", "elements": "dict", "default": []},

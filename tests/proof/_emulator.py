@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pathlib
 import shutil
 import subprocess
-import typing as t
 
 # Kept: it is a distribution's package, and nobody else's business.
 PLACE = pathlib.Path("/var/cache/iommufd-host-proof-emulator")
@@ -34,10 +31,9 @@ exec unshare --mount -- sh -c '
 """
 
 
-@contextlib.contextmanager
-def newer_emulator() -> t.Iterator[str]:
-    """Have the programs that this one starts find a newer emulator first, for the time of a ``with``; its version."""
-    root, programs = PLACE / "forky", PLACE / "bin"
+def newer_emulator() -> pathlib.Path:
+    """Have one; its path."""
+    root, wrapper = PLACE / "forky", PLACE / "qemu-system-x86_64"
     if not (root / "usr/bin/qemu-system-x86_64").exists():
         shutil.rmtree(root, ignore_errors=True)
         PLACE.mkdir(exist_ok=True)
@@ -45,14 +41,6 @@ def newer_emulator() -> t.Iterator[str]:
         make = ["mmdebstrap", "--mode=root", "--variant=minbase", '--aptopt=Acquire::Check-Valid-Until "false"']
         make += ["--include=qemu-system-x86", "forky", str(root)]
         subprocess.run(["unshare", "--mount", "--", *make], check=True)
-    programs.mkdir(exist_ok=True)
-    wrapper = programs / "qemu-system-x86_64"
     wrapper.write_text(_WRAPPER.replace("@ROOT@", str(root)))
     wrapper.chmod(0o755)
-    done = subprocess.run([str(wrapper), "--version"], check=True, capture_output=True, text=True)
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{programs}:{before}"
-    try:
-        yield done.stdout.splitlines()[0]
-    finally:
-        os.environ["PATH"] = before
+    return wrapper

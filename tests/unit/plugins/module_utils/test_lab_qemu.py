@@ -61,11 +61,16 @@ def test_an_arm64_host_starts_in_el2_behind_an_smmu_with_uefi() -> None:
     assert not [text for text in values(arguments, "-device") if "iommu" in text]
 
 
+def test_an_emulator_of_ones_own() -> None:
+    spec = parse_host({"name": "alpha", "emulator": "/opt/qemu/bin/qemu-system-x86_64"})
+    assert host_arguments(spec, "tcg", 2222, "the-uuid")[0] == "/opt/qemu/bin/qemu-system-x86_64"
+
+
 def test_amd_vi_needs_a_newer_emulator() -> None:
     spec = parse_host({"name": "alpha", "iommu": "amd"})
-    require_iommu((10, 2), [spec])
+    require_iommu((10, 2), spec)
     with pytest.raises(HostError, match=r"host alpha: .* is version 10\.1; iommu: amd needs 10\.2 or later"):
-        require_iommu((10, 1), [spec])
+        require_iommu((10, 1), spec)
 
 
 def test_the_firmware_of_an_arm64_host(tmp_path: Path) -> None:
