@@ -38,6 +38,8 @@ URI = "qemu:///system"
 
 _VIRSH = "/usr/bin/virsh"
 _LOGS = "/var/log/libvirt/qemu"
+# A file in the domain's directory that says that the domain has been ended in an orderly way.
+_ENDED = "ended"
 # What libvirt pins for the guest beside its memory, for a limit that we have to name ourselves.
 _LIMIT_MARGIN = 1024
 
@@ -103,8 +105,7 @@ def _scratch(plan: Plan, scope: str) -> t.Iterator[str]:
     properties = [
         f"RuntimeDirectory={plan.name}",
         "RuntimeDirectoryMode=0711",
-        f"ExecStopPost=-{_VIRSH} --quiet --connect {URI} destroy {plan.name}",
-        f"ExecStopPost=-/usr/bin/rm -f {_LOGS}/{plan.name}.log",
+        f'ExecStopPost=-/bin/sh -c "{mop_up(plan.name, directory)}"',
     ]
     with transient_service(plan.name, scope, properties, ["/usr/bin/sleep", "infinity"]) as process:
         if not wait_until(lambda: plan.host.is_dir(directory) or process.poll() is not None, 30.0):
@@ -115,7 +116,21 @@ def _scratch(plan: Plan, scope: str) -> t.Iterator[str]:
         try:
             yield directory
         finally:
+            with contextlib.suppress(OSError):
+                _write(f"{directory}/{_ENDED}", b"")
             plan.host.ask(["systemctl", "stop", f"{plan.name}.service"], 60)
+
+
+def mop_up(name: str, directory: str, virsh: str = _VIRSH, logs: str = _LOGS) -> str:
+    """A shell script that removes the domain and its log.
+
+    Where this process was killed, libvirt may be about to make the domain only now: with its directory gone it fails,
+    and writes a log. So it is looked for a while, unless the domain's orderly end is known.
+    """
+    return (
+        f"for round in 1 2 3 4 5 6 7 8; do {virsh} --quiet --connect {URI} destroy {name}; rm -f {logs}/{name}.log; "
+        f"[ -e {directory}/{_ENDED} ] && break; sleep 1; done"
+    )
 
 
 def _write(path: str, content: bytes) -> None:

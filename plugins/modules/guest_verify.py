@@ -20,8 +20,8 @@ description:
     devices. A driver uses a device where the kernel has one; a disk is read, which is DMA through the shared
     descriptor. Nothing is written to a disk that is not in O(expendable), and no network frame is sent without
     O(arp_target).
-  - Hosts can be x86_64 and aarch64. On the latter QEMU opens C(/dev/kvm) itself, whatever it is given, so that it gets a
-    node of its own.
+  - Hosts can be x86_64 and aarch64. On the latter QEMU opens C(/dev/kvm) itself, whatever it is given, so that it gets
+    a node of its own.
   - QEMU's limit of locked memory (RLIMIT_MEMLOCK) is set to O(memory) plus 64 MiB for each address space, since all of
     the guest's memory is pinned. Where pinned memory is charged to the user, as it is with V(systemd) and V(self),
     there is no limit unless O(memlock) sets one, because other guests of that user count as well.

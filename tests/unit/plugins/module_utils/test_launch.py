@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import subprocess
 import typing as t
 
 import pytest
@@ -170,6 +171,25 @@ def test_a_unit_whose_qemu_opens_kvm_itself_has_a_node_of_its_own() -> None:
         "BindPaths=-/dev/iommufd-verify-7-kvm:/dev/kvm",
         "ExecStopPost=+/bin/rm -f /dev/iommufd-verify-7-kvm",
     ]
+
+
+@pytest.mark.parametrize(("ended", "calls"), [(True, 1), (False, 8)])
+def test_a_log_that_libvirt_writes_after_the_end_is_removed(tmp_path: pathlib.Path, ended: bool, calls: int) -> None:
+    virsh, log = tmp_path / "virsh", tmp_path / "guest.log"
+    virsh.write_text(
+        f"#!/bin/sh\necho x >>{tmp_path}/calls\n[ $(wc -l <{tmp_path}/calls) = 3 ] && touch {log}\nexit 1\n"
+    )
+    virsh.chmod(0o755)
+    # No test waits eight seconds for a shell.
+    (tmp_path / "sleep").symlink_to("/bin/true")
+    if ended:
+        (tmp_path / "ended").touch()
+    script = _launch_libvirt.mop_up("guest", str(tmp_path), str(virsh), str(tmp_path))
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-c", script], check=False, env={"PATH": path}, capture_output=True)
+    assert len((tmp_path / "calls").read_text().splitlines()) == calls
+    assert not log.exists()
+    assert not set(script) & set('"$%'), "it stands in a unit's setting, in double quotes"
 
 
 def test_an_older_libvirt_has_no_iommufd(machine: Machine) -> None:
