@@ -46,7 +46,7 @@ class Row:
         ours: our figure, in ``unit``.
         other: the figure it is compared with.
         against: what that other thing is.
-        goal: the highest ratio ``ours / other`` that is good enough; none, where the row is there for a series only.
+        goal: the highest ratio ``ours / other`` that is good enough; none, where the row only stands beside others.
         unit: of both figures.
         series: what grows: rows of one series differ in their size alone, and are a panel of the plot.
         size: how large it is here, for a row of a series.

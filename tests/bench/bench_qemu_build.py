@@ -52,16 +52,17 @@ def rows() -> t.Iterator[Row]:
         # Each has a cache of its own that is empty in the beginning: where ccache is installed it helps neither.
         small, small_work, archive = _build(_qemu_build.Builder(f"{place}/small"), dsc, "passthrough")
         yield _rollout(pathlib.Path(place), archive)
-        for targets, against in (
-            (("x86_64",), "QEMU's default configuration, of x86_64 alone"),
-            (_all_targets(dsc), "QEMU's default configuration"),
+        # The goal is against the default configuration, which is of all machines; one of them stands beside it.
+        for targets, against, goal in (
+            (("x86_64",), "QEMU's default configuration, of x86_64 alone", None),
+            (_all_targets(dsc), "QEMU's default configuration", 0.25),
         ):
             whole, whole_work, _archive = _build(
                 _qemu_build.Builder(f"{place}/{len(targets)}"), dsc, "default", targets
             )
-            yield Row("QEMU for passthrough, x86_64, built", small, whole, against, 0.25)
+            yield Row("QEMU for passthrough, x86_64, built", small, whole, against, goal)
             # A busy machine makes the wall times what they are; this is what the builds themselves take.
-            yield Row("the same, processor time", small_work, whole_work, against, 0.25)
+            yield Row("the same, processor time", small_work, whole_work, against, goal)
     finally:
         shutil.rmtree(place)
 
