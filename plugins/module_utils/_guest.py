@@ -535,6 +535,8 @@ def _check_programs(host: Host, ready: Ready) -> Qemu | None:
         if found.problem or not found.version:
             ready.problems.append(f"{path} does not say its version: {found.problem or 'it said nothing'}.")
             found = None
+        else:
+            ready.problems += _too_old(ready.machine, found)
     try:
         ready.busybox = _guest_image.find_busybox(host, request.busybox)
     except HostError as error:
@@ -547,6 +549,14 @@ def _check_programs(host: Host, ready: Ready) -> Qemu | None:
     except HostError as error:  # an earlier step may reboot into another kernel
         ready.passing.append(error.message)
     return found
+
+
+def _too_old(machine: GuestMachine, qemu: Qemu) -> list[str]:
+    numbers = re.match(r"(\d+)\.(\d+)", qemu.version or "")
+    if machine.least_qemu is None or numbers is None or (int(numbers[1]), int(numbers[2])) >= machine.least_qemu:
+        return []
+    least = ".".join(map(str, machine.least_qemu))
+    return [f"{qemu.path} is {qemu.version}: on {machine.architecture} the guest needs QEMU {least} or later."]
 
 
 def _check_qemu(ready: Ready, found: Qemu | None) -> None:

@@ -36,6 +36,7 @@ class GuestMachine:
         libvirt_features: libvirt's ``<features>``.
         settings: words for the guest kernel's command line.
         package: the Debian package with its QEMU.
+        least_qemu: the first version that has such a machine, major and minor; None: any that has iommufd.
     """
 
     architecture: str
@@ -53,6 +54,7 @@ class GuestMachine:
     libvirt_features: str
     settings: tuple[str, ...]
     package: str
+    least_qemu: tuple[int, int] | None = None
 
     def machine_argument(self, accelerator: str) -> str:
         """QEMU's ``-machine``, for "kvm" or "tcg"."""
@@ -99,13 +101,14 @@ _MACHINES = {
         tcg_processor="max,pauth-impdef=on",
         firmware=False,
         console="ttyAMA0",
-        # QEMU's virt has a second serial port since 9.1.
         report="ttyAMA1",
         serial_device="",
         libvirt_serial="system-serial",
         libvirt_features="<gic/>",
         settings=(),
         package="qemu-system-arm",
+        # The second serial port ("hw/arm/virt: allow creation of a second NonSecure UART").
+        least_qemu=(9, 1),
     ),
 }
 

@@ -13,10 +13,11 @@ import pytest
 from ansible_collections.iommufd.host.plugins.module_utils import _guest, _guest_image, _guest_run
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request
+from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import guest_machine
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the guest is a PC so far")
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="a PC's guest is asked for")
 
 NVME = "0000:01:00.0"
 NIC = "0000:02:00.0"
@@ -51,6 +52,20 @@ def problems(machine: Machine, *devices: str, **options: t.Any) -> list[str]:
 
 def test_nothing_else_stands_in_the_way(ready_machine: Machine) -> None:
     assert problems(ready_machine) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "version", "old"),
+    [
+        ("aarch64", "9.0.4", True),
+        ("aarch64", "9.1.0", False),
+        ("aarch64", "10.0.13", False),
+        ("x86_64", "9.0.4", False),
+    ],
+)
+def test_a_qemu_without_the_machine_that_the_guest_needs(architecture: str, version: str, old: bool) -> None:
+    found = _guest._too_old(guest_machine(architecture), Qemu("/usr/bin/qemu", "/usr/bin/qemu", version))
+    assert found == ([f"/usr/bin/qemu is {version}: on aarch64 the guest needs QEMU 9.1 or later."] if old else [])
 
 
 def test_missing_programs_are_named_with_the_package(ready_machine: Machine) -> None:
