@@ -307,12 +307,12 @@ class Grouped(Mover):
         self._machine = machine
         self._group = group
 
-    def hand_over(self, forward: Handover, back: Handover, timeout: float) -> None:
-        path = self._machine.paths[forward.address]
-        self._machine.link(f"{path}/driver", f"/sys/bus/pci/drivers/{forward.override}")
+    def hand_over(self, move: Handover, back: Handover, timeout: float) -> None:
+        path = self._machine.paths[move.address]
+        self._machine.link(f"{path}/driver", f"/sys/bus/pci/drivers/{move.override}")
         if self._group is not None:
             self._machine.link(f"{path}/iommu_group", f"/sys/kernel/iommu_groups/{self._group}")
-            self._machine.link(f"/sys/kernel/iommu_groups/{self._group}/devices/{forward.address}", path)
+            self._machine.link(f"/sys/kernel/iommu_groups/{self._group}/devices/{move.address}", path)
 
 
 def late(machine: Machine, group: int | None, *moving: str) -> Bind:
