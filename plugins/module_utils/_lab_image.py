@@ -366,7 +366,7 @@ class ImageSpec:
     def inputs(self) -> dict[str, t.Any]:
         """All inputs of the build, as plain data: two images with the same inputs are interchangeable."""
         distribution = DISTRIBUTIONS[self.distribution]
-        packages = {*distribution.packages, *self.processor.packages, *self.packages}
+        packages = {*distribution.packages, self.processor.package, *self.processor.packages, *self.packages}
         if self.dracut:
             packages.discard("initramfs-tools")
         return {

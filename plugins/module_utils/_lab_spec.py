@@ -40,10 +40,10 @@ class Architecture:
 
     Attributes:
         machine: the processor's name in ``uname -m`` and in the emulator's.
-        package: the Debian package with the emulator.
+        package: the Debian package with the emulator, on this machine and in a lab host.
         iommus: the IOMMUs that its machine can have; the first one is the default.
         console: the kernel's name of the serial console.
-        packages: what a lab host has for it alone.
+        packages: what else a lab host has for it alone.
     """
 
     machine: str
@@ -64,14 +64,14 @@ ARCHITECTURES = {
         "qemu-system-x86",
         ("intel", "amd", "virtio", "none"),
         "ttyS0",
-        ("grub-pc", "linux-image-amd64", "qemu-system-x86"),
+        ("grub-pc", "linux-image-amd64"),
     ),
     "arm64": Architecture(
         "aarch64",
         "qemu-system-arm",
         ("smmuv3", "virtio", "none"),
         "ttyAMA0",
-        ("dosfstools", "grub-efi-arm64", "linux-image-arm64", "qemu-system-arm"),
+        ("dosfstools", "grub-efi-arm64", "linux-image-arm64"),
     ),
 }
 
