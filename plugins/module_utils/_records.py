@@ -33,6 +33,9 @@ FORMAT = 1
 # A record of a rollout holds the digests of some ten thousand files.
 _LIMIT = 64 << 20
 
+# Options of roles that leave no trace on a host: how it is tried, and how long that may take.
+_PASSING = {"access": ("probe", "probe_memory"), "verify": ("timeout",)}
+
 
 def read_record(host: Host, path: str) -> Json:
     """A record; empty where there is none that can be understood."""
@@ -42,6 +45,22 @@ def read_record(host: Host, path: str) -> Json:
         if isinstance(found, dict) and found.get("format") == FORMAT and found.get("by") == OWN_MARK:
             return found
     return {}
+
+
+def covers(noted: Json | None, wanted: Json) -> bool:
+    """Whether a host was asked for this already.
+
+    Args:
+        noted: the options of each role in the record; None where there is none.
+        wanted: those of now, of the roles that count.
+    """
+    return noted is not None and all(
+        _lasting(role, options) == _lasting(role, noted.get(role)) for role, options in wanted.items()
+    )
+
+
+def _lasting(role: str, options: Json | None) -> Json | None:
+    return options and {name: value for name, value in options.items() if name not in _PASSING.get(role, ())}
 
 
 def write_record(host: Host, path: str, record: Json) -> list[Step]:

@@ -145,8 +145,8 @@ def plan_kernel(call: Caller, wanted: Json) -> Part:
     return part
 
 
-def plan_devices(call: Caller, wanted: Json, pending: bool) -> Part:
-    """The role devices.
+def plan_devices(call: Caller, wanted: Json, pending: bool) -> tuple[Part, list[Json]]:
+    """The role devices; and the devices as they would be.
 
     Args:
         call: plans a module call.
@@ -171,8 +171,7 @@ def plan_devices(call: Caller, wanted: Json, pending: bool) -> Part:
             },
         )
     )
-    part.result = {"devices": bound["devices"]}
-    return part
+    return part, bound["devices"]
 
 
 def decide_mode(mode: str, libvirt: Json | None) -> Json:

@@ -181,6 +181,14 @@ options:
   verify:
     description: Options of the role C(iommufd.host.verify) without their prefix. Without them that role is left out.
     type: dict
+  roles:
+    description:
+      - Plan these roles alone. What is asked of the others counts for nothing, but that the role C(iommufd.host.access)
+        takes the devices from O(devices).
+    type: list
+    elements: str
+    choices: [kernel, qemu, devices, access, verify]
+    default: [kernel, qemu, devices, access, verify]
   look_back:
     description:
       - Tell as well what an earlier run has left on the host, role by role, and what the roles were asked for then.
@@ -219,27 +227,43 @@ converged:
   type: bool
   sample: true
 recorded:
-  description: Whether M(iommufd.host.host_record) has noted these very options.
+  description:
+    - Whether M(iommufd.host.host_record) has noted these options of the planned roles. How a host is tried, and how long
+      that may take, does not count.
   returned: success
   type: bool
   sample: true
+devices:
+  description:
+    - The devices of O(devices) as they would be, as M(iommufd.host.vfio_bind) returns them.
+    - Null where neither the role C(iommufd.host.devices) nor C(iommufd.host.access) is planned.
+  returned: success
+  type: list
+  elements: dict
+  sample: [{address: "0000:01:00.0", from_driver: nvme, to_driver: vfio-pci}]
 roles:
   description:
     - For each role that was asked about, C(changed) and C(plan), the steps as one line each.
-    - C(kernel) has C(reboot_required) and C(reboot_reasons), C(devices) the devices as they would be, C(access) the
+    - C(kernel) has C(reboot_required) and C(reboot_reasons), C(access) the
       C(decision) about the mode and whether the gates were tried (C(probed)), and C(verify) whether a guest has to be
       booted (C(needed)), why or why not (C(reason)), and what would be done (C(would)).
   returned: success
   type: dict
   sample:
     kernel: {changed: false, plan: [], reboot_required: false, reboot_reasons: []}
-    devices: {changed: false, plan: [], devices: []}
+    devices: {changed: false, plan: []}
     access:
       changed: false
       plan: []
       decision: {mode: launcher, reason: no libvirt here whose QEMU would have to open the nodes itself}
       probed: false
     verify: {changed: false, plan: [], needed: true, reason: "verify_when: always", would: null}
+planned:
+  description: Those of O(roles) that were asked about.
+  returned: success
+  type: list
+  elements: str
+  sample: [kernel, qemu, devices, access, verify]
 wanted:
   description: The options, complete, as M(iommufd.host.host_record) takes them.
   returned: success
@@ -348,6 +372,7 @@ ARGUMENT_SPEC: dict[str, Json] = {
             **GUEST_OPTIONS,
         },
     },
+    "roles": _option("list", list(_site.ROLES), elements="str", choices=list(_site.ROLES)),
     "look_back": _option("bool", False),
     "survey": _option("bool", False),
 }
@@ -369,44 +394,47 @@ def work(module: AnsibleModule) -> Outcome:
 
 def _plan(host: Host, planner: _site.Planner, params: Json) -> Json:
     wanted = {role: params[role] for role in _site.ROLES}
+    planned = [role for role in _site.ROLES if role in params["roles"] and wanted[role] is not None]
     if wanted["verify"] is not None:  # when to verify is no property of the host
         wanted["verify"] = {name: value for name, value in wanted["verify"].items() if name not in ("when", "max_age")}
     record = _records.read_record(host, _records.APPLIED)
     back = _look_back(host, planner, record) if params["look_back"] else {}
     roles: dict[str, _site.Part] = {}
     with _site.blaming("kernel"):
-        if wanted["kernel"] is not None:
+        if "kernel" in planned:
             roles["kernel"] = _site.plan_kernel(planner, wanted["kernel"])
     kernel = roles.get("kernel", _site.Part())
     pending = kernel.changed or bool(kernel.result.get("reboot_required"))
+    devices: list[Json] | None = None
     with _site.blaming("devices"):
-        if wanted["devices"] is not None:
-            roles["devices"] = _site.plan_devices(planner, wanted["devices"], pending)
-    devices = roles.get("devices")
+        # The access is for the devices, also where the role that binds them is not asked about.
+        if wanted["devices"] is not None and not {"devices", "access"}.isdisjoint(planned):
+            part, devices = _site.plan_devices(planner, wanted["devices"], pending)
+            if "devices" in planned:
+                roles["devices"] = part
     with _site.blaming("access"):
-        if wanted["access"] is not None:
-            given = [one["address"] for one in devices.result["devices"] if one["to_driver"]] if devices else None
+        if "access" in planned:
+            given = None if devices is None else [one["address"] for one in devices if one["to_driver"]]
             roles["access"] = _site.plan_access(planner, wanted["access"], given, pending)
     converged = not pending and not any(part.changed for part in roles.values())
     with _site.blaming("access"):
-        if "access" in roles:
+        if "access" in planned:
             tried = converged and wanted["access"]["probe"]
             probed = tried and _site.probe_access(planner, wanted["access"], roles["access"], devices is not None)
             roles["access"].result["probed"] = probed
     with _site.blaming("verify"):
-        if params["verify"] is not None and params["verify"]["enabled"]:
-            roles["verify"] = _plan_guest(host, planner, params, record, converged, pending or _changed(devices))
+        if "verify" in planned and wanted["verify"]["enabled"]:
+            changed = "devices" in roles and roles["devices"].changed
+            roles["verify"] = _plan_guest(host, planner, params, record, converged, pending or changed)
     return {
         "converged": converged,
-        "recorded": record.get("wanted") == wanted,
+        "recorded": _records.covers(record.get("wanted"), {role: wanted[role] for role in planned}),
+        "devices": devices,
         "roles": {role: part.to_dict() for role, part in roles.items()},
+        "planned": planned,
         "wanted": wanted,
         **back,
     }
-
-
-def _changed(part: _site.Part | None) -> bool:
-    return part is not None and part.changed
 
 
 def _plan_guest(

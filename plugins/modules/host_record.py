@@ -27,6 +27,10 @@ options:
   wanted:
     description: RV(iommufd.host.host_plan#module:wanted) of the run.
     type: dict
+  roles:
+    description: The roles that the run was about. Of others, what was noted before stays. Without it, all.
+    type: list
+    elements: str
   verified:
     description:
       - PCI addresses of the devices that a guest was verified with just now. What that depends on is noted.
@@ -87,9 +91,13 @@ def work(module: AnsibleModule) -> Outcome:
         steps = [*_records.remove_record(host, _records.BEFORE), *_records.remove_record(host, _records.APPLIED)]
     else:
         old = _records.read_record(host, _records.APPLIED)
-        record = {"wanted": params["wanted"]}
+        wanted = params["wanted"]
+        if params["roles"] is not None:
+            noted = old.get("wanted") or {}
+            wanted = {role: wanted[role] if role in params["roles"] else noted.get(role) for role in wanted}
+        record = {"wanted": wanted}
         if params["verified"]:
-            parts = _fingerprint.read_parts(host, params["wanted"]["verify"], params["verified"])
+            parts = _fingerprint.read_parts(host, wanted["verify"], params["verified"])
             record["verified"] = {"at": int(time.time()), "parts": parts}
         elif "verified" in old:
             record["verified"] = old["verified"]
@@ -101,6 +109,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "wanted": {"type": "dict"},
+            "roles": {"type": "list", "elements": "str"},
             "verified": {"type": "list", "elements": "str", "default": []},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },

@@ -66,7 +66,6 @@ def plan_answer(
     }
     parts["kernel"].update(reboot_required=False, reboot_reasons=[])
     device = {"address": "0000:01:00.0", "from_driver": "nvme" if changed else "vfio-pci", "to_driver": "vfio-pci"}
-    parts["devices"]["devices"] = [device]
     parts["access"].update(decision={"mode": "launcher", "reason": "so"}, probed=False)
     parts["verify"] = {"changed": False, "plan": [], "needed": needed, "reason": "as before", "would": None}
     wanted = {"kernel": {}, "qemu": {}, "devices": {"list": ["0000:01:00.0"], "vfs": []}, "access": {}, "verify": {}}
@@ -74,7 +73,9 @@ def plan_answer(
     return {
         "converged": first is None,
         "recorded": recorded,
+        "devices": [device],
         "roles": parts,
+        "planned": list(wanted),
         "wanted": wanted,
         "back": {"there": there, "applied": None, "qemu": None, "unfinished": False},
         "survey": {"checks": [{"id": "kernel.iommufd", "status": "fail" if changed else "ok"}]},
@@ -96,12 +97,15 @@ with open(here + "/state.json") as file:
     state = json.load(file)
 time.sleep(state.get("slow", 0))
 answer = {"changed": False, **ANSWER, **state.get("answers", {}).get(NAME, {})}
-# As with a real host: what was asked for is there once the guest was verified, and gone with the last role.
+# As with a real host: what was asked for is there at the end of a run.
 if NAME == "host_plan" and state.get("provisioned"):
     answer.update(state["provisioned"])
+if NAME == "host_plan" and "roles" in answer:
+    answer["planned"] = options.get("roles", answer["planned"])
+    answer["roles"] = {role: part for role, part in answer["roles"].items() if role in answer["planned"]}
 if NAME in state.get("fail", {}) and not (check and NAME != "host_plan"):
     answer = {"failed": True, "msg": state["fail"][NAME], "changed": False}
-elif NAME == "guest_verify" and not check and "after" in state:
+elif NAME == "host_record" and options.get("wanted") and not check and "after" in state:
     state["provisioned"] = state["after"]
     with open(here + "/state.json", "w") as file:
         json.dump(state, file)

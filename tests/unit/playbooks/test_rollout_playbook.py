@@ -34,7 +34,8 @@ class Rollout:
         self.done: subprocess.CompletedProcess[str] = fleet.run(
             "iommufd.host.rollout", "--forks", "2", *options, **variables
         )
-        self.calls = {name: fleet.called(name) for name in fleet.hosts}
+        self.made = {name: fleet.calls(name) for name in fleet.hosts}
+        self.calls = {name: [call["module"] for call in made] for name, made in self.made.items()}
 
     @property
     def report(self) -> Json:
@@ -48,6 +49,34 @@ class Rollout:
 @pytest.fixture
 def fleet(tmp_path: pathlib.Path) -> Fleet:
     return Fleet(tmp_path)
+
+
+def test_tags_roll_the_roles_they_name_out(fleet: Fleet) -> None:
+    fleet.host("a", to_do())
+    run = Rollout(fleet, "--tags", "devices,access")
+    assert run.done.returncode == 0, run.done.stdout
+    options = [(call["module"], call["options"]) for call in run.made["a"]]
+    assert [asked["roles"] for module, asked in options if module == "host_plan"] == [["devices", "access"]] * 3
+    assert {"vfio_bind", "udev_access"} <= set(run.calls["a"])
+    assert not {"kernel_args", "iommufd_dkms", "guest_verify"} & set(run.calls["a"])
+    assert next(asked["touched"] for module, asked in options if module == "host_snapshot") == ["devices", "access"]
+    assert next(asked["roles"] for module, asked in options if module == "host_record") == ["devices", "access"]
+
+
+def test_tags_that_are_left_out_leave_their_roles_out(fleet: Fleet) -> None:
+    fleet.host("a", to_do())
+    run = Rollout(fleet, "--skip-tags", "verify")
+    assert run.made["a"][0]["options"]["roles"] == ["kernel", "qemu", "devices", "access"]
+    assert "guest_verify" not in run.calls["a"]
+
+
+def test_tags_of_somebody_else_roll_nothing_out(fleet: Fleet) -> None:
+    fleet.host("a", to_do())
+    run = Rollout(fleet, "--tags", "monitoring")
+    assert run.done.returncode == 0
+    assert run.calls == {"a": []}
+    assert "name none of the roles kernel, qemu, devices, access, verify" in run.done.stdout
+    assert not run.directory.exists()
 
 
 def test_waves_hooks_and_a_second_run(fleet: Fleet, tmp_path: pathlib.Path) -> None:
@@ -97,7 +126,7 @@ def test_a_host_that_fails_is_put_back_and_no_wave_starts_after_it(fleet: Fleet,
     moved = {"data": {"back": plan_answer("kernel")["back"], "moved": ["0000:01:00.0"]}}
     record = {**moved, "touched": ["kernel", "devices", "access"]}
     for name in ("a", "b", "c"):
-        answers = {"host_plan": plan_answer("kernel"), "host_snapshot": record}
+        answers = {"host_plan": plan_answer("kernel", recorded=False), "host_snapshot": record}
         fleet.host(name, to_do(answers=answers, fail={"guest_verify": "the guest did not boot"} if name == "b" else {}))
     first = Rollout(fleet, rollout_waves=[1], rollout_failed=str(tmp_path / "failed.yml"))
     assert first.done.returncode == 2

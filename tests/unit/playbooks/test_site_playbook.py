@@ -69,6 +69,12 @@ def test_roles_before_the_first_that_has_something_to_do_are_not_run(
     assert not {"vfio_bind", "kernel_args"} & set(names(runs["access"]))
 
 
+def test_the_access_knows_the_devices_where_their_role_is_not_run(runs: dict[str, list[dict[str, t.Any]]]) -> None:
+    lists = [one["options"] for one in runs["access"] if one["module"] == "cgroup_acl"]
+    libvirt = [options["devices"] for options in lists if options["manager"] == "libvirt"]
+    assert libvirt[-1] == ["/dev/iommu", "0000:01:00.0"]
+
+
 def test_what_is_refused_is_refused_untouched(runs: dict[str, list[dict[str, t.Any]]]) -> None:
     assert names(runs["refused"]) == ["host_plan"]
 
@@ -78,6 +84,21 @@ def test_tags_run_the_roles_they_name(tmp_path: pathlib.Path) -> None:
     fleet.host("h0", {})
     assert fleet.run("iommufd.host.site", "--tags", "devices").returncode == 0
     assert fleet.called("h0") == ["vfio_bind"]
+
+
+def test_the_access_alone_asks_which_devices_the_selectors_mean(tmp_path: pathlib.Path) -> None:
+    fleet = Fleet(tmp_path)
+    bound = {"devices": [{"address": "0000:05:00.0", "to_driver": "vfio-pci"}]}
+    fleet.host("selects", {"answers": {"vfio_bind": bound}}, devices_list=[{"class": "nvme"}])
+    fleet.host("says", {}, devices_list=["0000:01:00.0"])
+    done = fleet.run("iommufd.host.site", "--tags", "access")
+    assert done.returncode == 0, done.stdout
+    asked = {host: fleet.calls(host) for host in fleet.hosts}
+    assert (asked["selects"][0]["module"], asked["selects"][0]["check"]) == ("vfio_bind", True)
+    assert "vfio_bind" not in [one["module"] for one in asked["says"]]
+    for host, address in (("selects", "0000:05:00.0"), ("says", "0000:01:00.0")):
+        lists = [one["options"]["devices"] for one in asked[host] if one["options"].get("manager") == "libvirt"]
+        assert lists[-1] == ["/dev/iommu", address]
 
 
 def test_switches_from_the_command_line_and_from_surveys_are_strings(tmp_path: pathlib.Path) -> None:

@@ -118,6 +118,18 @@ def test_when_a_guest_is_booted(provisioned: Machine) -> None:
     assert "the host was rebooted" in reason
 
 
+def test_whether_a_host_was_asked_for_this_already() -> None:
+    noted: Json = {"kernel": {"dkms": "auto"}, "access": {"mode": "auto", "probe": True}, "verify": {"timeout": 600}}
+    assert _records.covers(noted, noted)
+    # How it is tried, and how long that may take, leaves no trace on it.
+    assert _records.covers(noted, {**noted, "access": {"mode": "auto", "probe": False}, "verify": {"timeout": 9}})
+    assert not _records.covers(noted, {**noted, "access": {"mode": "group", "probe": True}})
+    # A run for some roles says nothing about the others.
+    assert _records.covers(noted, {"access": {"mode": "auto", "probe": True}})
+    assert not _records.covers({**noted, "kernel": None}, noted)
+    assert not _records.covers(None, noted)
+
+
 def test_a_snapshot_sees_files_drivers_overrides_nodes_and_the_kernel(provisioned: Machine) -> None:
     provisioned.file("/etc/default/grub", "GRUB_CMDLINE_LINUX=\n")
     provisioned.file("/boot/initrd.img-6.12", "packed\n")

@@ -109,8 +109,8 @@ def planned(answers: Json, wanted: Json) -> list[Json]:
     call = recording(answers, calls)
     kernel = _site.plan_kernel(call, wanted["kernel"])
     pending = kernel.changed or kernel.result["reboot_required"]
-    devices = _site.plan_devices(call, wanted["devices"], pending)
-    bound = [one["address"] for one in devices.result["devices"] if one["to_driver"]]
+    _part, devices = _site.plan_devices(call, wanted["devices"], pending)
+    bound = [one["address"] for one in devices if one["to_driver"]]
     access = _site.plan_access(call, wanted["access"], bound, pending)
     _site.probe_access(call, wanted["access"], access, with_devices=True)
     return calls
