@@ -228,8 +228,8 @@ converged:
   sample: true
 recorded:
   description:
-    - Whether M(iommufd.host.host_record) has noted these options of the planned roles. How a host is tried, and how long
-      that may take, does not count.
+    - Whether M(iommufd.host.host_record) has noted these options of the planned roles.
+    - How a host is tried, and how long that may take, does not count.
   returned: success
   type: bool
   sample: true
