@@ -332,25 +332,33 @@ def _plan_guest(options: Json) -> Outcome:
 # -- what is there of an earlier run -----------------------------------------------------------------------------------
 
 
-def there(host: Host, call: Caller) -> dict[str, bool]:
-    """Of which roles the host bears anything: what their ``state: absent`` would take back."""
+def there(host: Host, call: Caller) -> dict[str, list[str]]:
+    """By role, of which of its parts the host bears anything: what their ``state: absent`` would take back."""
 
     def left(module: str, **options: t.Any) -> bool:
         return bool(call(module, {"state": "absent", **options})["changed"])
 
-    installed = _qemu_install.read_installed(host, _qemu_install.DIRECTORY)
-    return {
-        "kernel": left("iommufd_dkms") or left("kernel_args") or left("kernel_modules"),
-        "qemu": bool(installed.keys),
-        "devices": bool(_persistence.read_entries(host) or read_memory(host) or _sriov_persistence.read_kept(host)),
-        "access": (
-            left("udev_access")
-            or left("cgroup_acl", manager="libvirt")
-            or left("apparmor_access")
-            or left("cgroup_acl", manager="systemd")
-            or left("memlock_limits")
-        ),
+    parts = {
+        "kernel": {
+            "dkms": left("iommufd_dkms"),
+            "args": left("kernel_args"),
+            "modules": left("kernel_modules"),
+        },
+        "qemu": {"installed": bool(_qemu_install.read_installed(host, _qemu_install.DIRECTORY).keys)},
+        "devices": {
+            "boot": bool(_persistence.read_entries(host)),
+            "given_away": bool(read_memory(host)),
+            "vfs": bool(_sriov_persistence.read_kept(host)),
+        },
+        "access": {
+            "nodes": left("udev_access"),
+            "libvirt": left("cgroup_acl", manager="libvirt"),
+            "apparmor": left("apparmor_access"),
+            "launchers": left("cgroup_acl", manager="systemd"),
+            "memlock": left("memlock_limits"),
+        },
     }
+    return {role: [name for name, found in some.items() if found] for role, some in parts.items()}
 
 
 @contextlib.contextmanager

@@ -271,13 +271,14 @@ wanted:
   sample: {}
 back:
   description:
-    - With O(look_back=true), what is on the host of an earlier run (C(there)), what the roles were asked for then
-      (C(applied), null where that is not known), the key of the QEMU in use (C(qemu)), and whether a rollout has not
-      finished with this host (C(unfinished)).
+    - With O(look_back=true), what is on the host of an earlier run.
+    - C(there) has of each role the parts that the host bears anything of, C(applied) what the roles were asked for then
+      (null where that is not known), C(qemu) the key of the QEMU in use, and C(unfinished) whether a rollout has not
+      finished with this host.
   returned: with O(look_back=true)
   type: dict
   sample:
-    there: {kernel: false, qemu: false, devices: false, access: false}
+    there: {kernel: [dkms], qemu: [], devices: [], access: []}
     applied: null
     qemu: null
     unfinished: false

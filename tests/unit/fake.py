@@ -69,7 +69,7 @@ def plan_answer(
     parts["access"].update(decision={"mode": "launcher", "reason": "so"}, probed=False)
     parts["verify"] = {"changed": False, "plan": [], "needed": needed, "reason": "as before", "would": None}
     wanted = {"kernel": {}, "qemu": {}, "devices": {"list": ["0000:01:00.0"], "vfs": []}, "access": {}, "verify": {}}
-    there = dict.fromkeys(("kernel", "qemu", "devices", "access"), first is None)
+    there = dict.fromkeys(("kernel", "qemu", "devices", "access"), ["args"] if first is None else [])
     return {
         "converged": first is None,
         "recorded": recorded,
