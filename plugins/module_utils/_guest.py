@@ -165,7 +165,7 @@ class Ready:
             return {address: self.request.backends.get(address, "iommufd") for address in everything}
         return {str(choice.device.address): choice.backend for choice in decision.choices}
 
-    def to_be_checked_again(self, missing: t.Sequence[str]) -> list[str]:
+    def check_mode_warnings(self, missing: t.Sequence[str]) -> list[str]:
         """The warnings of check mode: what earlier steps of a play may still bring about.
 
         Args:

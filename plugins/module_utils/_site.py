@@ -326,7 +326,7 @@ def _plan_guest(options: Json) -> Outcome:
     host = Host()
     request, missing = _guest.read_request(host, options, check_mode=True)
     ready = _guest.prepare(host, request)
-    return Outcome(result={"would": ready.sentence()}, warnings=ready.to_be_checked_again(missing))
+    return Outcome(result={"would": ready.sentence()}, warnings=ready.check_mode_warnings(missing))
 
 
 # -- what is there of an earlier run -----------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def work(module: AnsibleModule) -> Outcome:
             result["decision"] = ready.decision.to_dict()
         if ready.passing:
             result["problems"] = ready.passing
-        return Outcome(result=result, warnings=ready.to_be_checked_again(missing))
+        return Outcome(result=result, warnings=ready.check_mode_warnings(missing))
 
     def after() -> dict[str, t.Any]:
         found = verify(host, ready)
