@@ -165,6 +165,14 @@ class Ready:
             return {address: self.request.backends.get(address, "iommufd") for address in everything}
         return {str(choice.device.address): choice.backend for choice in decision.choices}
 
+    def check_mode_warnings(self, missing: t.Sequence[str]) -> list[str]:
+        """The warnings of check mode: what earlier steps of a play may still bring about.
+
+        Args:
+            missing: devices that are not there yet, as ``read_request`` tells of them.
+        """
+        return [f"To be checked again when it is real: {problem}" for problem in (*missing, *self.passing)]
+
     def sentence(self) -> str:
         """What is going to happen, for check mode."""
         request = self.request

@@ -63,8 +63,10 @@ class Guest:
 
 def read_processes(host: Host) -> t.Iterator[Process]:
     """All processes but this one. What another user's process has open, only root sees."""
+    # In a captured tree that number is somebody else's.
+    own = str(os.getpid()) if host.live else ""
     for name in host.listdir("/proc"):
-        if not name.isdigit() or not name.isascii() or name == str(os.getpid()):
+        if not name.isdigit() or not name.isascii() or name == own:
             continue
         opened: dict[str, str] = {}
         for descriptor in host.listdir(f"/proc/{name}/fd"):

@@ -325,8 +325,7 @@ def _plan_guest(options: Json) -> Outcome:
     host = Host()
     request, missing = _guest.read_request(host, options, check_mode=True)
     ready = _guest.prepare(host, request)
-    warnings = [f"To be checked again when it is real: {problem}" for problem in (*missing, *ready.passing)]
-    return Outcome(result={"would": ready.sentence()}, warnings=warnings)
+    return Outcome(result={"would": ready.sentence()}, warnings=ready.check_mode_warnings(missing))
 
 
 # -- what is there of an earlier run -----------------------------------------------------------------------------------

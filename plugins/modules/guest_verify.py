@@ -246,10 +246,7 @@ def work(module: AnsibleModule) -> Outcome:
             result["decision"] = ready.decision.to_dict()
         if ready.passing:
             result["problems"] = ready.passing
-        return Outcome(
-            result=result,
-            warnings=[f"To be checked again when it is real: {problem}" for problem in [*missing, *ready.passing]],
-        )
+        return Outcome(result=result, warnings=ready.check_mode_warnings(missing))
 
     def after() -> dict[str, t.Any]:
         found = verify(host, ready)

@@ -79,6 +79,46 @@ def test_what_is_refused_is_refused_untouched(runs: dict[str, list[dict[str, t.A
     assert names(runs["refused"]) == ["host_plan"]
 
 
+REASON = "the IOMMU is off in the running kernel"
+
+
+def waits_for_a_reboot(**kernel: t.Any) -> dict[str, t.Any]:
+    """A host on which the kernel role has made everything ready, and only a reboot helps."""
+    plan = plan_answer("kernel")
+    plan["roles"]["kernel"].update(reboot_required=True, reboot_reasons=[REASON], **kernel)
+    answer = {"changed": True, "reboot_required": True, "reboot_reasons": [REASON]}
+    return {"answers": {"host_plan": plan, "kernel_args": answer}}
+
+
+def test_where_a_reboot_is_due_and_not_allowed_it_stops_and_says_why(tmp_path: pathlib.Path) -> None:
+    fleet = Fleet(tmp_path)
+    fleet.host("first", waits_for_a_reboot())
+    # Started again without the reboot: the role has nothing to do any more, and the reason is still there.
+    fleet.host("again", waits_for_a_reboot(changed=False, plan=[]))
+    done = fleet.run("iommufd.host.site", "--forks", "2", kernel_reboot=False)
+    assert done.returncode == 2
+    for name in ("first", "again"):
+        assert fleet.called(name) == ["host_plan", "iommufd_dkms", "kernel_args", "kernel_modules"]
+        assert f"{name} needs a reboot before it can go on: {REASON}. Set kernel_reboot: true" in done.stdout
+    assert "TASK [iommufd.host.kernel : Reboot]" not in done.stdout
+    # Rebooted meanwhile, it goes on to the guest.
+    fleet.host("first", {"answers": {"host_plan": plan_answer("devices")}})
+    done = fleet.run("iommufd.host.site", "--limit", "first", kernel_reboot=False)
+    assert done.returncode == 0, done.stdout
+    assert fleet.called("first")[:2] == ["host_plan", "vfio_bind"]
+
+
+def test_where_a_reboot_is_due_and_allowed_it_is_tried(tmp_path: pathlib.Path) -> None:
+    fleet = Fleet(tmp_path)
+    fleet.host("h0", waits_for_a_reboot())
+    done = fleet.run("iommufd.host.site", kernel_reboot=True)
+    # Ansible's own module for it, which refuses where it would end the controller.
+    assert "TASK [iommufd.host.kernel : Reboot]" in done.stdout
+    assert "would reboot the control node" in done.stdout
+    assert done.returncode == 2
+    assert fleet.called("h0") == ["host_plan", "iommufd_dkms", "kernel_args", "kernel_modules"]
+
+
 def test_tags_run_the_roles_they_name(tmp_path: pathlib.Path) -> None:
     fleet = Fleet(tmp_path)
     fleet.host("h0", {})

@@ -12,6 +12,7 @@ import typing as t
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils import _qemu_apparmor
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_artefact as artefact
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_install as install
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
@@ -47,6 +48,13 @@ def archive(tmp_path: pathlib.Path, key: str, machine: str = os.uname().machine,
     path = str(tmp_path / f"{key}.tar.xz")
     artefact.pack(str(stage), manifest, path, 1)
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_apparmor(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's own profiles of libvirt, where it has them, are none of these tests' business."""
+    for name in ("ABSTRACTION", "BASE", "RULES_FILE"):
+        monkeypatch.setattr(_qemu_apparmor, name, str(tmp_path / "no-apparmor"))
 
 
 @pytest.fixture

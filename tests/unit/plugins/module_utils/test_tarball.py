@@ -44,7 +44,8 @@ def make(directory: pathlib.Path, names: list[str], block: str = "64KiB", ordere
 
 
 def _parents(names: list[str]) -> set[str]:
-    return {f"{TOP}/{parent}" for name in names for parent in map(str, pathlib.PurePosixPath(name).parents[:-1])}
+    # Of which Python 3.9 gives no slice.
+    return {f"{TOP}/{parent}" for name in names for parent in list(pathlib.PurePosixPath(name).parents)[:-1]}
 
 
 NAMES = [

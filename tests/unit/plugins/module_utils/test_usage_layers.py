@@ -312,6 +312,11 @@ def test_open_files_by_name_alone(disks: Machine) -> None:
     assert details(disks, "0000:05:00.0") == [("open", "the process ollama (6) has /dev/dri/renderD128 open")]
 
 
+def test_a_captured_guest_with_the_number_of_the_process_that_reads(machine: Machine) -> None:
+    machine.process(os.getpid(), "qemu-system-x86", ["/usr/bin/qemu-system-x86_64", "-name", "same"], [])
+    assert [guest.name for guest in survey_uses(machine.host, [])[1]] == ["same"]
+
+
 def test_a_guest_that_has_nothing_open(machine: Machine) -> None:
     machine.process(7, "qemu-system-x86", ["/usr/bin/qemu-system-x86_64", "-name", "plain"], [])
     machine.process(8, "qemu-nbd", ["qemu-nbd"], [])
