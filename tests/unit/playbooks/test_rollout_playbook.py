@@ -215,6 +215,22 @@ def test_what_differs_after_the_way_back_is_said(fleet: Fleet) -> None:
     assert "put back, but 1 things differ from what they were" in row["words"]
 
 
+def test_of_a_kernel_that_nobody_noted_what_the_run_added_is_taken_back(fleet: Fleet) -> None:
+    there = {"kernel": ["dkms"], "qemu": [], "devices": [], "access": ["nodes"]}
+    data = {"back": {"there": there, "applied": None, "qemu": None}, "moved": []}
+    record = {"data": data, "touched": ["kernel", "devices", "access"]}
+    answers = {"host_plan": plan_answer("kernel"), "host_snapshot": record}
+    fleet.host("a", to_do(answers=answers, fail={"guest_verify": "no"}))
+    run = Rollout(fleet)
+    back = run.made["a"][run.calls["a"].index("guest_verify") + 1 :]
+    taken = [call["module"] for call in back if call["options"].get("state") == "absent"]
+    assert {"kernel_modules", "kernel_args"} <= set(taken)
+    assert not {"iommufd_dkms", "udev_access"} & set(taken)
+    row = run.report["hosts"]["a"]
+    assert row["put_back"]["unknown"] == ["kernel", "access"]
+    assert "what kernel, access was asked for before is not known" in row["words"]
+
+
 def test_roles_that_were_there_before_are_run_with_what_they_were_asked_for(fleet: Fleet) -> None:
     was = {
         "kernel": {"iommu_args": "auto", "iommu_passthrough": False, "dkms": "never", "dkms_source": "",
@@ -226,7 +242,7 @@ def test_roles_that_were_there_before_are_run_with_what_they_were_asked_for(flee
                    "apparmor": "auto", "launcher_units": [], "launcher_devices": [], "launcher_open_file": [],
                    "launcher_memlock": None, "memlock_guests": [], "memlock_users": [], "probe": True},
     }  # fmt: skip
-    there = {"kernel": True, "qemu": False, "devices": True, "access": True}
+    there = {"kernel": ["args"], "qemu": [], "devices": ["boot"], "access": ["nodes"]}
     data = {"back": {"there": there, "applied": was, "qemu": None}, "moved": ["0000:01:00.0"]}
     record = {"touched": ["devices", "access"], "data": data, "differences": []}
     answers = {"host_plan": plan_answer("devices"), "host_snapshot": record}
