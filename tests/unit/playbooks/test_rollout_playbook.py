@@ -218,7 +218,7 @@ def test_what_differs_after_the_way_back_is_said(fleet: Fleet) -> None:
 def test_of_a_kernel_that_nobody_noted_what_the_run_added_is_taken_back(fleet: Fleet) -> None:
     there = {"kernel": ["dkms"], "qemu": [], "devices": [], "access": ["nodes"]}
     data = {"back": {"there": there, "applied": None, "qemu": None}, "moved": []}
-    record = {"data": data, "touched": ["kernel", "devices", "access"]}
+    record = {"data": data, "touched": ["kernel", "devices", "access"], "differences": ["node /dev/iommu: a => b"]}
     answers = {"host_plan": plan_answer("kernel"), "host_snapshot": record}
     fleet.host("a", to_do(answers=answers, fail={"guest_verify": "no"}))
     run = Rollout(fleet)
