@@ -126,7 +126,8 @@ def _write_all(directory: str, report: dict[str, t.Any], hosts: t.Mapping[str, t
         os.makedirs(directory, exist_ok=True)
         write_file(os.path.join(directory, "report.json"), [json.dumps(report, indent=1), "\n"])
         write_file(os.path.join(directory, "junit.xml"), [_rollout.to_junit(report)])
-        write_file(os.path.join(directory, "index.html"), to_page(audit, "IOMMUFD rollout", to_lead(report)))
+        page = to_page(audit, "IOMMUFD rollout", to_lead(report), "Made by the rollout playbook.")
+        write_file(os.path.join(directory, "index.html"), page)
     except OSError as error:
         # Ansible would show the cause once more, in its own words.
         raise AnsibleActionFail(f"path: {directory!r} cannot be written: {error.strerror}.") from None

@@ -82,13 +82,19 @@ _PLATFORM = ("05", "06", "08", "11")
 _SMBUS = "0c05"
 
 
-def to_page(report: Report, title: str = "IOMMUFD audit", lead: str = "") -> t.Iterator[str]:
+def to_page(
+    report: Report,
+    title: str = "IOMMUFD audit",
+    lead: str = "",
+    origin: str = "Made by the audit playbook; nothing was changed on the hosts.",
+) -> t.Iterator[str]:
     """The page in pieces.
 
     Args:
         report: see :mod:`_audit_report`.
         title: its heading.
         lead: HTML of a section of its own before the fleet.
+        origin: what made the report, a sentence.
     """
     style, script = (_ASSETS / "page.css").read_text("utf-8"), (_ASSETS / "page.js").read_text("utf-8")
     policy = (
@@ -111,7 +117,7 @@ def to_page(report: Report, title: str = "IOMMUFD audit", lead: str = "") -> t.I
     yield _top(report, title, totals, lead)
     yield _matrix(hosts, columns, [one["states"] for one in data])
     yield '<section id="host" hidden aria-live="polite"></section>\n</main>\n'
-    yield _bottom(report)
+    yield _bottom(report, origin)
     shared = {"strings": strings.all, "function": _FUNCTION, "marks": list(_MARKS)}
     yield f'<script type="application/octet-stream" id="data">{_pack([shared, *data])}</script>\n'
     yield f"<script>{script}</script>\n</body>\n</html>\n"
@@ -403,9 +409,7 @@ def _bar(kind: str, parts: t.Mapping[str, int], label: str) -> str:
     return f'<svg class="{kind}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 
-def _bottom(report: Report) -> str:
+def _bottom(report: Report, origin: str) -> str:
     version = report["collection_version"]
-    return (
-        "<footer><p>Made by the audit playbook of the Ansible collection iommufd.host"
-        f"{f' {_escape(version)}' if version else ''}. Nothing was changed on the hosts.</p></footer>\n"
-    )
+    collection = f"Ansible collection iommufd.host{f' {_escape(version)}' if version else ''}"
+    return f"<footer><p>{_escape(origin)} {collection}.</p></footer>\n"

@@ -49,8 +49,9 @@ def _row(name: str, row: Json) -> str:
     if differences:
         details += _details(f"What differs from before ({len(differences)})", "ul", differences)
     return (
-        f'<tr class="{kind}"><th scope="row">{_escape(name)}</th><td>{wave}</td><td>{status}</td>'
-        f"<td>{seconds}</td>{seen}<td>{_escape(row['words'])}{details}</td></tr>\n"
+        f'<tr class="{kind}"><th scope="row">{_escape(name)}</th><td>{wave}</td>'
+        f'<td><span class="outcome">{status}</span></td><td>{seconds}</td>{seen}'
+        f"<td>{_escape(row['words'])}{details}</td></tr>\n"
     )
 
 
