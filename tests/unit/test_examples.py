@@ -303,9 +303,7 @@ def test_answers_leave_alone_what_the_inventory_says_of_a_group() -> None:
     """An answer is an extra variable, which counts for all hosts, above all else."""
     inventory = yaml.safe_load((CHECKOUT / "examples/fleet/inventory.yml").read_text())
     of_groups = {name for _group, node in examples.groups_of(inventory) for name in node.get("vars") or {}}
-    asked = {
-        question["variable"] for template in AWX for question in template.get("survey_spec", {}).get("spec") or ()
-    }
+    asked = {question["variable"] for template in AWX for question in template.get("survey_spec", {}).get("spec") or ()}
     assert asked
     assert asked & of_groups == set()
 
