@@ -256,6 +256,58 @@ def playbook_command_objections(words: list[str]) -> list[str]:
     return found
 
 
+# -- AWX ---------------------------------------------------------------------------------------------------------------
+
+AWX = yaml.safe_load((CHECKOUT / "examples/fleet/awx.yml").read_text())["controller_templates"]
+# Kinds of questions of AWX whose answers can be checked here, with the type of the answer.
+ANSWERS = {"text": str, "integer": int, "multiplechoice": str}
+
+
+def awx_objections(template: dict[str, t.Any]) -> list[str]:
+    """What speaks against a job template: its playbook, its variables, and each answer that its survey accepts."""
+    name = template["playbook"].removesuffix(".yml")
+    found = [] if (CHECKOUT / f"playbooks/{name}.yml").exists() else [f"there is no playbook {name}"]
+    found += given_objections(template.get("extra_vars") or {})
+    for question in (template.get("survey_spec") or {}).get("spec") or ():
+        possible = [*question.get("choices", ()), *(question[key] for key in ("default",) if key in question)]
+        if question["type"] == "integer":
+            possible += [question["min"], question["max"]]
+        found += [
+            f"{question['variable']}: {answer!r} is no answer to a question of type {question['type']}"
+            for answer in possible
+            if not isinstance(answer, ANSWERS[question["type"]])
+        ]
+        if question["type"] == "multiplechoice" and question["default"] not in question["choices"]:
+            found.append(f"{question['variable']}: {question['default']} is not offered")
+        for answer in possible:
+            found += given_objections({question["variable"]: answer})
+    return found
+
+
+def given_objections(variables: dict[str, t.Any]) -> list[str]:
+    """As for any variables; those of rollout.yml are also held against what the policy of a rollout may be."""
+    policy = examples.documented("modules")["rollout_report"]["DOCUMENTATION"]["options"]["policy"]["suboptions"]
+    told = {name.removeprefix("rollout_"): value for name, value in variables.items() if name.startswith("rollout_")}
+    return [
+        *examples.variable_objections(variables),
+        *examples.objections(policy, {name: value for name, value in told.items() if name in policy}),
+    ]
+
+
+@pytest.mark.parametrize("template", AWX, ids=lambda template: template["name"])
+def test_job_templates_of_awx(template: dict[str, t.Any]) -> None:
+    assert awx_objections(template) == []
+
+
+def test_answers_leave_alone_what_the_inventory_says_of_a_group() -> None:
+    """An answer is an extra variable, which counts for all hosts, above all else."""
+    inventory = yaml.safe_load((CHECKOUT / "examples/fleet/inventory.yml").read_text())
+    of_groups = {name for _group, node in examples.groups_of(inventory) for name in node.get("vars") or {}}
+    asked = {question["variable"] for template in AWX for question in template.get("survey_spec", {}).get("spec") or ()}
+    assert asked
+    assert asked & of_groups == set()
+
+
 def test_a_mistake_would_be_found() -> None:
     """The tests' own tools refuse what is wrong."""
     assert examples.variable_objections({"devices_lst": []}) == ["no role or playbook has a variable devices_lst"]
@@ -269,6 +321,18 @@ def test_a_mistake_would_be_found() -> None:
     assert role_objections({"role": "iommufd.host.verify", "verify_cpus": "many"}) != []
     assert playbook_command_objections(["-i", "hosts.yml", "iommufd.host.sight"]) != []
     assert playbook_command_objections(["-i", "hosts.yml", "iommufd.host.site", "-e", "kernel_rebot=true"]) != []
+    question = {"variable": "rollout_require", "type": "multiplechoice", "choices": ["all"], "default": "all"}
+    for wrong in (
+        {"variable": "rollout_requires"},
+        {"choices": ["all", "some"]},
+        {"default": "possible"},
+        {"choices": ["all", False]},
+        {"variable": "rollout_max_failures"},
+    ):
+        assert awx_objections({"playbook": "rollout.yml", "survey_spec": {"spec": [{**question, **wrong}]}}) != []
+    assert awx_objections({"playbook": "rollout.yml", "survey_spec": {"spec": [question]}}) == []
+    assert awx_objections({"playbook": "roll_out.yml"}) != []
+    assert awx_objections({"playbook": "audit.yml", "extra_vars": {"audit_fial": True}}) != []
 
 
 def _values(node: t.Any, names: t.Container[str]) -> t.Iterator[tuple[str, t.Any]]:
