@@ -10,6 +10,7 @@ them for each file. An action reads them where Ansible keeps them. Nothing runs 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from ansible_collections.iommufd.host.plugins.plugin_utils._audit_report import 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_table import summary_line, to_table
 from ansible_collections.iommufd.host.plugins.plugin_utils._reports import collection_version, write_file
 
-_NO_TIME = '"generated": ""'
+_NO_TIME = b'"generated": ""'
 
 
 class ActionModule(ActionBase):
@@ -49,14 +50,15 @@ class ActionModule(ActionBase):
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             collection_version(),
         )
-        findings = "".join(to_json({**report, "generated": ""}))
+        findings = _digest(piece.encode() for piece in to_json({**report, "generated": ""}))
         files: dict[str, t.Iterable[str]] = {
-            "report.json": [findings.replace(_NO_TIME, f'"generated": {json.dumps(report["generated"])}', 1)],
+            "report.json": to_json(report),
             "junit.xml": [to_junit(report)],
             "index.html": to_page(report),
         }
         try:
             before = _findings(os.path.join(directory, "report.json"))
+            old = _old_table(os.path.join(directory, "report.json"), options["table_hosts"]) if self._task.diff else ""
             changed = before != findings or not all(os.path.exists(os.path.join(directory, name)) for name in files)
             if not self._task.check_mode:
                 os.makedirs(directory, exist_ok=True)
@@ -67,7 +69,7 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(f"path: {directory!r} cannot be written: {error.strerror}.") from None
         table = to_table(report, options["table_hosts"])
         if self._task.diff:
-            result["diff"] = {"before": _old_table(before, options["table_hosts"]), "after": "\n".join(table) + "\n"}
+            result["diff"] = {"before": old, "after": "\n".join(table) + "\n"}
         result.update(
             changed=changed,
             path=directory,
@@ -86,23 +88,29 @@ def _results(hostvars: t.Any, hosts: t.Sequence[str], variable: str) -> dict[str
 
 
 def _findings(path: str) -> str | None:
-    """A report as it lies there, without its time; None where there is none.
+    """The digest of a report as it lies there, without its time; None where there is none.
 
     The time of every run differs. Only what was found decides whether a report changed.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return re.sub(r'^"generated": "[^"]*"', _NO_TIME, file.read(), count=1, flags=re.MULTILINE)
+        with open(path, "rb") as file:
+            return _digest(re.sub(rb'^"generated": "[^"]*"', _NO_TIME, line) for line in file)
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError:
-        return ""
 
 
-def _old_table(findings: str | None, limit: int) -> str:
+def _digest(pieces: t.Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _old_table(path: str, limit: int) -> str:
     """The table of an earlier report; empty where that cannot be read."""
     try:
-        old: Report = json.loads(findings or "")
+        with open(path, encoding="utf-8") as file:
+            old: Report = json.load(file)
         return "\n".join(to_table(old, limit)) + "\n"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""

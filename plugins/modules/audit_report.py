@@ -37,7 +37,9 @@ options:
     elements: str
     required: true
   variable:
-    description: Name of the variable in which each host's survey was registered.
+    description:
+      - Name of the variable in which each host's survey was registered. For a large fleet ask for it with
+        O(iommufd.host.iommufd_info#module:packed=true).
     type: str
     default: audit_survey
   table_hosts:

@@ -31,6 +31,13 @@ options:
         QEMU has iommufd, for example) is null.
     type: path
     default: /
+  packed:
+    description:
+      - Return all but the checks as one compressed string, RV(packed). A controller that holds the surveys of a fleet
+        needs a small part of the memory for them so. M(iommufd.host.audit_report) takes either form.
+    type: bool
+    default: false
+    version_added: 0.2.0
 seealso:
   - module: iommufd.host.vfio_bind
   - module: iommufd.host.guest_verify
@@ -56,6 +63,12 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+packed:
+  description:
+    - All other values but the checks, as JSON, compressed by zlib, in Base64. Only C(checks) is there beside it.
+  returned: with O(packed=true)
+  type: str
+  sample: eJyrVsrJLEtVslIoKSpNrQUAJFYFBw==
 live:
   description: Whether the running host was surveyed, and not a captured tree.
   returned: success
@@ -389,7 +402,10 @@ checks:
       remedy: "Run `modprobe iommufd`, and write `iommufd` to /etc/modules-load.d/iommufd.conf for the next boot."
 """
 
+import base64
+import json
 import os
+import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -403,12 +419,20 @@ def work(module: AnsibleModule) -> Outcome:
     root = module.params["root"]
     if not os.path.isdir(root):
         raise OptionError("root", root, "a directory that exists")
-    return Outcome(result=survey(Host(root)))
+    found = survey(Host(root))
+    if module.params["packed"]:
+        checks = found.pop("checks")
+        text = base64.b64encode(zlib.compress(json.dumps(found).encode())).decode()
+        found = {"checks": checks, "packed": text}
+    return Outcome(result=found)
 
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={"root": {"type": "path", "default": "/"}},
+        argument_spec={
+            "root": {"type": "path", "default": "/"},
+            "packed": {"type": "bool", "default": False},
+        },
         supports_check_mode=True,
     )
     run_module(module, work, lock=False)

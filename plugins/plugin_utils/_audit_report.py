@@ -16,7 +16,8 @@ written as it is to report.json::
         reason          why it is not ready, in one sentence; null for a host that is
         checks          list of {id, status, detail, remedy}, the first two always strings; empty for a host that
                         could not be surveyed
-        survey          what iommufd_info returned beside the checks; null for a host that could not be surveyed
+        survey          what iommufd_info returned beside the checks, a mapping; null for a host that could not be
+                        surveyed
 
 Nothing in ``checks`` and ``survey`` is taken for granted: a captured tree may lack any part, and a later survey may
 have more parts than this file knows.
@@ -28,6 +29,7 @@ import json
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.plugin_utils._audit_text import mapping, one_line, rows
+from ansible_collections.iommufd.host.plugins.plugin_utils._packed import PackedSurvey
 from ansible_collections.iommufd.host.plugins.plugin_utils._readiness import untold
 
 FORMAT = 1
@@ -78,7 +80,12 @@ def _host(result: object) -> dict[str, t.Any]:
         return _lost(FAILED, known, "The survey returned no checks.")
     checks = [_check(check) for check in rows(known["checks"])]
     status, reason = judge(checks)
-    survey = {key: value for key, value in known.items() if key not in _OF_THE_CALL}
+    survey: t.Mapping[str, t.Any] = {key: value for key, value in known.items() if key not in _OF_THE_CALL}
+    if "packed" in known:
+        try:
+            survey = PackedSurvey(known["packed"])
+        except ValueError:
+            return _lost(FAILED, {}, "What the survey returned cannot be unpacked.")
     return {"status": status, "reason": reason, "checks": checks, "survey": survey}
 
 
@@ -130,5 +137,6 @@ def to_json(report: Report) -> t.Iterator[str]:
         yield f"{json.dumps(key)}: {json.dumps(value)},\n"
     yield '"hosts": {'
     for index, (name, host) in enumerate(report["hosts"].items()):
-        yield f"{',' if index else ''}\n{json.dumps(name)}: {json.dumps(host)}"
+        # What is packed is a mapping, and no dict.
+        yield f"{',' if index else ''}\n{json.dumps(name)}: {json.dumps(host, default=dict)}"
     yield "\n}\n}\n"

@@ -36,8 +36,10 @@ def test_every_verdict() -> None:
         gone={"unreachable": True, "msg": "Task failed: Connection refused"},
         never=None,
         odd={"changed": False},
+        cut={"checks": good_checks(), "packed": "eJyr"},
+        none={"checks": good_checks(), "packed": "no base64"},
     )
-    assert made["summary"] == {"hosts": 6, "ready": 1, "not_ready": 1, "failed": 3, "unreachable": 1}
+    assert made["summary"] == {"hosts": 8, "ready": 1, "not_ready": 1, "failed": 5, "unreachable": 1}
     said = {name: (host["status"], host["reason"]) for name, host in made["hosts"].items()}
     assert said == {
         "good": ("ready", None),
@@ -46,6 +48,8 @@ def test_every_verdict() -> None:
         "gone": ("unreachable", "Connection refused"),
         "never": ("failed", "It was not surveyed: the play ended before."),
         "odd": ("failed", "The survey returned no checks."),
+        "cut": ("failed", "What the survey returned cannot be unpacked."),
+        "none": ("failed", "What the survey returned cannot be unpacked."),
     }
     assert made["hosts"]["good"]["survey"] == {"devices": []}  # the checks once, and nothing of the module call
     assert made["hosts"]["gone"]["survey"] is None
