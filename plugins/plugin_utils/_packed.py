@@ -15,6 +15,9 @@ import json
 import typing as t
 import zlib
 
+# Bytes. A host that answers with little must not fill the controller's memory.
+_LIMIT = 64 << 20
+
 
 class PackedSurvey(t.Mapping[str, t.Any]):
     """A survey that :mod:`iommufd_info` packed, to be read like any other.
@@ -43,9 +46,13 @@ class PackedSurvey(t.Mapping[str, t.Any]):
 # Reports go from host to host, and look at each more than once.
 @functools.lru_cache(maxsize=2)
 def _unpack(packed: str) -> dict[str, t.Any]:
+    unpacker = zlib.decompressobj()
     try:
-        found = json.loads(zlib.decompress(base64.b64decode(packed, validate=True)))
-    except zlib.error as error:
+        text = unpacker.decompress(base64.b64decode(packed, validate=True), _LIMIT)
+        if not unpacker.eof:
+            raise ValueError("cut off, or too large")
+        found = json.loads(text)
+    except (zlib.error, RecursionError) as error:
         raise ValueError(str(error)) from None
     if not isinstance(found, dict):
         raise ValueError("no survey")

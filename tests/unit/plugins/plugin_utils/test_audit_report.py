@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 
 from hypothesis import given
 
@@ -53,6 +55,13 @@ def test_every_verdict() -> None:
     }
     assert made["hosts"]["good"]["survey"] == {"devices": []}  # the checks once, and nothing of the module call
     assert made["hosts"]["gone"]["survey"] is None
+
+
+def test_a_packed_survey_that_would_fill_the_memory_is_none() -> None:
+    for text in (b'"' + b" " * (65 << 20) + b'"', b'{"a":' * 100000):
+        packed = base64.b64encode(zlib.compress(text)).decode()
+        made = report(h={"checks": good_checks(), "packed": packed})["hosts"]["h"]
+        assert (made["status"], made["survey"]) == ("failed", None)
 
 
 def test_what_could_not_be_told_is_not_ready() -> None:
