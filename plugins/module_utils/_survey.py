@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import typing as t
+import zlib
 
 from ansible_collections.iommufd.host.plugins.module_utils import _peer_to_peer
 from ansible_collections.iommufd.host.plugins.module_utils._checks import run_checks
@@ -123,6 +126,15 @@ def survey(host: Host) -> dict[str, t.Any]:
     }
     result["checks"] = [check.to_dict() for check in run_checks(result)]
     return result
+
+
+def pack(found: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    """A survey as the controller of a fleet holds it: the checks, and all else as ``packed``, a tenth of its size."""
+    rest = {name: value for name, value in found.items() if name != "checks"}
+    return {
+        "checks": found["checks"],
+        "packed": base64.b64encode(zlib.compress(json.dumps(rest).encode())).decode(),
+    }
 
 
 def _has_processes(host: Host) -> bool:

@@ -196,7 +196,9 @@ options:
     type: bool
     default: false
   survey:
-    description: Return the survey of M(iommufd.host.iommufd_info) as well, so that it needs no round trip of its own.
+    description:
+      - Return the survey of M(iommufd.host.iommufd_info) as well, so that it needs no round trip of its own. It comes
+        as with O(iommufd.host.iommufd_info#module:packed=true).
     type: bool
     default: false
 seealso:
@@ -288,10 +290,10 @@ role:
   type: str
   sample: devices
 survey:
-  description: What M(iommufd.host.iommufd_info) returns.
+  description: What M(iommufd.host.iommufd_info) returns, packed.
   returned: with O(survey=true), also on failure
   type: dict
-  sample: {}
+  sample: {checks: [], packed: eJyrVsrJLEtVslIoKSpNrQUAJFYFBw==}
 """
 
 import time
@@ -305,7 +307,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._given_away import find_devices
 from ansible_collections.iommufd.host.plugins.module_utils._guest import GUEST_OPTIONS
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
+from ansible_collections.iommufd.host.plugins.module_utils._survey import pack, survey
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import settle
 
 Json = dict[str, t.Any]
@@ -383,7 +385,7 @@ def work(module: AnsibleModule) -> Outcome:
     params = module.params
     host = Host()
     settle(host)
-    seen = {"survey": survey(host)} if params["survey"] else {}
+    seen = {"survey": pack(survey(host))} if params["survey"] else {}
     planner = _site.Planner(normalize)
     try:
         result = _plan(host, planner, params)

@@ -402,17 +402,14 @@ checks:
       remedy: "Run `modprobe iommufd`, and write `iommufd` to /etc/modules-load.d/iommufd.conf for the next boot."
 """
 
-import base64
-import json
 import os
-import zlib
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._survey import survey
+from ansible_collections.iommufd.host.plugins.module_utils._survey import pack, survey
 
 
 def work(module: AnsibleModule) -> Outcome:
@@ -420,11 +417,7 @@ def work(module: AnsibleModule) -> Outcome:
     if not os.path.isdir(root):
         raise OptionError("root", root, "a directory that exists")
     found = survey(Host(root))
-    if module.params["packed"]:
-        checks = found.pop("checks")
-        text = base64.b64encode(zlib.compress(json.dumps(found).encode())).decode()
-        found = {"checks": checks, "packed": text}
-    return Outcome(result=found)
+    return Outcome(result=pack(found) if module.params["packed"] else found)
 
 
 def main() -> None:

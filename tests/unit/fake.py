@@ -18,6 +18,8 @@ import subprocess
 import sys
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._survey import pack
+
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
 # What a play registers and looks at. A test puts what it is about in place of these.
@@ -78,7 +80,7 @@ def plan_answer(
         "planned": list(wanted),
         "wanted": wanted,
         "back": {"there": there, "applied": None, "qemu": None, "unfinished": False},
-        "survey": {"checks": [{"id": "kernel.iommufd", "status": "fail" if changed else "ok"}]},
+        "survey": pack({"checks": [{"id": "kernel.iommufd", "status": "fail" if changed else "ok"}]}),
         **more,
     }
 
