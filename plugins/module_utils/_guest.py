@@ -47,6 +47,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
+from ansible_collections.iommufd.host.plugins.module_utils._plan import reason
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported
 
@@ -58,6 +59,9 @@ LEAST_MEMORY = 128
 STARTERS = ("module", "libvirt")
 #: Launchers whose guests have a monitor over which devices can be plugged in.
 PLUGGING = ("direct", "systemd", "self")
+
+_BYTE = r"(25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})"
+_IPV4 = re.compile(rf"({_BYTE}\.){{3}}{_BYTE}")
 
 # What QEMU itself needs beside the guest's memory (Debian's binary with its libraries; with TCG its translation cache).
 _QEMU_MEMORY = {"kvm": 96, "tcg": 224}
@@ -344,7 +348,7 @@ def _check_options(request: Request) -> None:
         raise OptionError(
             "iommufds", dict(request.objects), "nothing with launcher: libvirt, which has one for a guest"
         )
-    if request.arp_target and not re.fullmatch(r"(\d{1,3}\.){3}\d{1,3}", request.arp_target):
+    if request.arp_target and not _IPV4.fullmatch(request.arp_target):
         raise OptionError("arp_target", request.arp_target, "an address of IPv4, such as 192.0.2.1")
     if request.memory < LEAST_MEMORY:
         raise OptionError("memory", request.memory, f"{LEAST_MEMORY} MiB or more")
@@ -541,7 +545,9 @@ def _check_programs(host: Host, ready: Ready) -> Qemu | None:
         found = read_qemu(host, path)
         ready.qemu_version = found.version or ""
         if found.problem or not found.version:
-            ready.problems.append(f"{path} does not say its version: {found.problem or 'it said nothing'}.")
+            ready.problems.append(
+                f"{path} does not say its version or what it can do: {found.problem or 'it said nothing'}."
+            )
             found = None
         else:
             ready.problems += _too_old(ready.machine, found)
@@ -632,7 +638,10 @@ def verify(host: Host, ready: Ready) -> Json:
 def _run(host: Host, ready: Ready) -> Run:
     run = Run(host, ready, ready.backends())
     try:
-        run.go()
+        try:
+            run.go()
+        except OSError as error:  # a full /run, no descriptor left
+            raise HostError(f"The guest could not be run: {reason(error)}.") from error
     except HostError as error:
         error.details.setdefault("step", run.step)
         error.details.setdefault("verified", False)

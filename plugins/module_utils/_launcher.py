@@ -112,6 +112,8 @@ def open_node(path: str, number: tuple[int, int]) -> int:
         HostError: missing, not permitted, busy, or another device.
     """
     try:
+        # Before it is opened, too: with another device, such as a watchdog, opening alone has an effect.
+        _check_number(path, os.stat(path), number)
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         hint = ""
@@ -120,22 +122,29 @@ def open_node(path: str, number: tuple[int, int]) -> int:
         elif error.errno in (errno.EBUSY, errno.EINVAL):
             hint = " (another process holds it)"
         raise HostError(f"{path} cannot be opened: {error.strerror}{hint}.", step="open") from error
-    status = os.fstat(descriptor)
+    try:
+        _check_number(path, os.fstat(descriptor), number)
+    except HostError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_number(path: str, status: os.stat_result, number: tuple[int, int]) -> None:
     found = (os.major(status.st_rdev), os.minor(status.st_rdev))
     if not stat.S_ISCHR(status.st_mode) or found != number:
-        os.close(descriptor)
         raise HostError(
             f"{path} is not the device it should be: {found[0]}:{found[1]}, sysfs says {number[0]}:{number[1]}. "
             "A stale node: remove it and let udev make it anew (udevadm trigger).",
             step="open",
         )
-    return descriptor
 
 
 def account_per_process(descriptor: int) -> None:
     """Have the memory pinned through an empty iommufd context charged to the process, not to its user.
 
     By default it is charged to the user, all whose processes share one limit (RLIMIT_MEMLOCK of the one that pins).
+    IOMMU_OPTION_RLIMIT_MODE of linux/iommufd.h, there from the beginning (Linux 6.2).
 
     Raises:
         HostError: the kernel refused (it needs CAP_SYS_RESOURCE and an empty context), or did not keep it.

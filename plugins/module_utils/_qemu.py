@@ -147,19 +147,18 @@ def question(plain: Qemu, ask: t.Callable[[list[str]], Output | None]) -> Qemu:
     match = _VERSION.search(answer.stdout) if answer is not None else None
     if match is None:
         return dataclasses.replace(plain, problem=_words(answer))
+    plain = dataclasses.replace(plain, version=match[1], build=match[2])
     device = ask([plain.path, "-device", "vfio-pci,help"])
-    properties = set(re.findall(r"^\s*([\w-]+)=", device.stdout, re.MULTILINE)) if device is not None else set()
+    if device is None:
+        return dataclasses.replace(plain, problem=_words(None))
+    properties = set(re.findall(r"^\s*([\w-]+)=", device.stdout, re.MULTILINE))
     able = "iommufd" in properties
     if able:  # the object could still be missing; without the property there is no need to ask
         objects = ask([plain.path, "-object", "help"])
-        able = bool(objects and re.search(r"^\s*iommufd\s*$", objects.stdout, re.MULTILINE))
-    return dataclasses.replace(
-        plain,
-        version=match[1],
-        build=match[2],
-        iommufd=able,
-        passing=able and "fd" in properties,
-    )
+        if objects is None:
+            return dataclasses.replace(plain, problem=_words(None))
+        able = re.search(r"^\s*iommufd\s*$", objects.stdout, re.MULTILINE) is not None
+    return dataclasses.replace(plain, iommufd=able, passing=able and "fd" in properties)
 
 
 def _words(output: Output | None) -> str:

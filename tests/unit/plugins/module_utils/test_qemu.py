@@ -8,8 +8,8 @@ import pathlib
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._qemu import find_binaries, read_qemu
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
+from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, find_binaries, question, read_qemu
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 
@@ -68,6 +68,22 @@ def test_what_does_not_run(tmp_path: pathlib.Path) -> None:
     broken = read_qemu(Host(), str(path))
     assert broken.problem == "error while loading shared libraries: libx.so"
     assert broken.iommufd is None
+
+
+@pytest.mark.parametrize("silent", ["-device", "-object"])
+def test_a_question_without_an_answer_is_no_lack_of_iommufd(silent: str) -> None:
+    said = {
+        "-version": "QEMU emulator version 10.0.13\n",
+        "-device": PROPERTIES.replace("\\n", "\n"),
+        "-object": "  iommufd\n",
+    }
+
+    def ask(argv: list[str]) -> Output | None:
+        return None if argv[1] == silent else Output(0, said[argv[1]], "")
+
+    found = question(Qemu("/usr/bin/qemu", "/usr/bin/qemu"), ask)
+    assert (found.version, found.iommufd, found.passing) == ("10.0.13", None, None)
+    assert found.problem == "it did not answer"
 
 
 def test_binaries_of_a_captured_tree_are_found_and_not_asked(machine: Machine) -> None:
