@@ -45,7 +45,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_members,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
 from ansible_collections.iommufd.host.plugins.module_utils._plan import reason
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
@@ -53,6 +53,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_sup
 
 Json = dict[str, t.Any]
 
+# MiB
 LEAST_MEMORY = 128
 
 #: Who starts QEMU where it opens the nodes itself.
@@ -442,13 +443,11 @@ def _check_iommu(host: Host, ready: Ready) -> None:
             )
         else:
             why = f"the kernel {release} has no module iommufd (it needs Linux 6.2 with CONFIG_IOMMUFD)"
-        ready.passing.append(f"There is no {_launcher.IOMMU_NODE}: {why}.")
+        ready.passing.append(f"There is no {IOMMU}: {why}.")
         return
     ready.iommu = _device_number(number)
-    if not host.exists(_launcher.IOMMU_NODE):
-        ready.passing.append(
-            f"iommufd is loaded, but there is no node {_launcher.IOMMU_NODE}: udevadm trigger /sys/class/misc/iommu."
-        )
+    if not host.exists(IOMMU):
+        ready.passing.append(f"iommufd is loaded, but there is no node {IOMMU}: udevadm trigger /sys/class/misc/iommu.")
 
 
 def _device_number(text: str) -> tuple[int, int]:
@@ -511,7 +510,7 @@ def _check_launcher(host: Host, ready: Ready, backends: t.Mapping[str, str]) -> 
     functions = [*ready.functions, *ready.plugged]
     opened: list[str] = []  # by QEMU itself, as its user
     if request.launcher == "self" and "iommufd" in backends.values():
-        opened += [_launcher.IOMMU_NODE]
+        opened += [IOMMU]
         opened += [one.vfio_device for one in functions if one.vfio_device and backends.get(one.address) == "iommufd"]
     legacy = [one for one in functions if backends.get(one.address) == "legacy" and one.iommu_group is not None]
     if request.launcher in ("self", "systemd") and legacy:

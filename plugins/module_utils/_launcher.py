@@ -29,9 +29,9 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU
 from ansible_collections.iommufd.host.plugins.module_utils._plan import reason, wait_until
 
-IOMMU_NODE = "/dev/iommu"
 VFIO_DIRECTORY = "/dev/vfio"
 
 # linux/prctl.h
@@ -155,12 +155,11 @@ def account_per_process(descriptor: int) -> None:
         kept = _iommu_option(descriptor, request, _OPTION_GET, 0)
     except OSError as error:
         raise HostError(
-            f"{IOMMU_NODE}: pinned memory cannot be accounted per process (IOMMU_OPTION RLIMIT_MODE): "
-            f"{error.strerror}.",
+            f"{IOMMU}: pinned memory cannot be accounted per process (IOMMU_OPTION RLIMIT_MODE): {error.strerror}.",
             step="accounting",
         ) from error
     if kept != 1:
-        raise HostError(f"{IOMMU_NODE}: RLIMIT_MODE is {kept} after it was set to 1.", step="accounting")
+        raise HostError(f"{IOMMU}: RLIMIT_MODE is {kept} after it was set to 1.", step="accounting")
 
 
 def _iommu_option(descriptor: int, request: int, operation: int, value: int) -> int:
@@ -411,7 +410,8 @@ def denied(user: User, paths: t.Sequence[str]) -> dict[str, str | None]:
 class Process:
     """A process with inherited descriptors, its own session, and an end that is certain.
 
-    Use it as a context manager: on leaving, however that happens, the process and all it started are gone.
+    Use it as a context manager: on leaving, however that happens, the process is gone. One that still ran takes its
+    process group with it; what left that group, or outlived its leader, is not looked for.
 
     Args:
         arguments: the program's path, and its arguments.
@@ -511,7 +511,7 @@ class Process:
         return self.status
 
     def end(self) -> None:
-        """Kill it and everything in its session; afterwards none is left.
+        """Kill it and its process group; nothing is done where it has ended by itself.
 
         Raises:
             HostError: it does not end (stuck in the kernel).

@@ -64,7 +64,7 @@ def parse_size(option: str, value: object) -> int:
 
 
 def show_size(size: int | None) -> str:
-    """A size for people; None is no limit."""
+    """A size in bytes for people; None is no limit."""
     if size is None:
         return "unlimited"
     for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
