@@ -499,7 +499,7 @@ def try_place(
         place: where.
         paths: for each node that exists who shall try it.
         pin: bytes to lock as the one who pins; None: none.
-        timeout: seconds for all of it.
+        timeout: seconds for the trial outside, and again for those in the unit.
 
     Raises:
         HostError: a trial could not be made at all.
