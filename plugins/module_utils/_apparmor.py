@@ -15,6 +15,7 @@ includes additions from:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -123,11 +124,14 @@ def rules_of(nodes: t.Iterable[str]) -> list[str]:
 
 
 def allows(content: str, path: str) -> bool:
-    """Whether a text of rules lets a path be read and written; globs of AppArmor are understood, variables are not."""
+    """Whether a text of rules lets a path be read and written. Globs of AppArmor are understood; a rule with variables
+    or a backslash counts as none."""
     for line in content.splitlines():
         match = re.fullmatch(r"\s*(?:owner\s+)?\"?(/[^\s\"]*)\"?\s+([rwklmaix]+),.*", line.partition("#")[0])
-        if match and {"r", "w"} <= set(match[2]) and _glob(match[1]).fullmatch(path):
-            return True
+        if match and {"r", "w"} <= set(match[2]):
+            with contextlib.suppress(re.error):  # braces or brackets that do not pair
+                if _glob(match[1]).fullmatch(path):
+                    return True
     return False
 
 

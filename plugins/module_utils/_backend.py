@@ -195,7 +195,7 @@ def parse_facts(survey: t.Mapping[str, t.Any], qemu: str | None = None, measured
 
 
 def _clause(text: str) -> str:
-    """The first sentence of a check, to go on with."""
+    """The words of a check without their full stop, to go on with."""
     return text.rstrip(".")
 
 

@@ -554,7 +554,7 @@ def _qemu_iommufd(survey: Survey) -> Check:
     if not asked:
         problems = "; ".join(f"{one['path']}: {one['problem']}" for one in binaries if one["problem"])
         if problems:
-            return Check(name, FAIL, f"QEMU does not run: {problems}.", remedy)
+            return Check(name, FAIL, f"No QEMU answered: {problems}.", remedy)
         if survey.get("live"):  # then none was worth asking
             return Check(name, FAIL, "There is no QEMU for this host's own architecture.", remedy)
         installed = survey.get("qemu_package")

@@ -45,19 +45,24 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import (
     read_members,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt import read_libvirt_facts
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, parse_address, read_function
+from ansible_collections.iommufd.host.plugins.module_utils._plan import reason
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu, read_qemu
 from ansible_collections.iommufd.host.plugins.module_utils._vfio import cdev_supported
 
 Json = dict[str, t.Any]
 
+# MiB
 LEAST_MEMORY = 128
 
 #: Who starts QEMU where it opens the nodes itself.
 STARTERS = ("module", "libvirt")
 #: Launchers whose guests have a monitor over which devices can be plugged in.
 PLUGGING = ("direct", "systemd", "self")
+
+_BYTE = r"(25[0-5]|2[0-4][0-9]|1?[0-9]{1,2})"
+_IPV4 = re.compile(rf"({_BYTE}\.){{3}}{_BYTE}")
 
 # What QEMU itself needs beside the guest's memory (Debian's binary with its libraries; with TCG its translation cache).
 _QEMU_MEMORY = {"kvm": 96, "tcg": 224}
@@ -344,7 +349,7 @@ def _check_options(request: Request) -> None:
         raise OptionError(
             "iommufds", dict(request.objects), "nothing with launcher: libvirt, which has one for a guest"
         )
-    if request.arp_target and not re.fullmatch(r"(\d{1,3}\.){3}\d{1,3}", request.arp_target):
+    if request.arp_target and not _IPV4.fullmatch(request.arp_target):
         raise OptionError("arp_target", request.arp_target, "an address of IPv4, such as 192.0.2.1")
     if request.memory < LEAST_MEMORY:
         raise OptionError("memory", request.memory, f"{LEAST_MEMORY} MiB or more")
@@ -438,13 +443,11 @@ def _check_iommu(host: Host, ready: Ready) -> None:
             )
         else:
             why = f"the kernel {release} has no module iommufd (it needs Linux 6.2 with CONFIG_IOMMUFD)"
-        ready.passing.append(f"There is no {_launcher.IOMMU_NODE}: {why}.")
+        ready.passing.append(f"There is no {IOMMU}: {why}.")
         return
     ready.iommu = _device_number(number)
-    if not host.exists(_launcher.IOMMU_NODE):
-        ready.passing.append(
-            f"iommufd is loaded, but there is no node {_launcher.IOMMU_NODE}: udevadm trigger /sys/class/misc/iommu."
-        )
+    if not host.exists(IOMMU):
+        ready.passing.append(f"iommufd is loaded, but there is no node {IOMMU}: udevadm trigger /sys/class/misc/iommu.")
 
 
 def _device_number(text: str) -> tuple[int, int]:
@@ -507,7 +510,7 @@ def _check_launcher(host: Host, ready: Ready, backends: t.Mapping[str, str]) -> 
     functions = [*ready.functions, *ready.plugged]
     opened: list[str] = []  # by QEMU itself, as its user
     if request.launcher == "self" and "iommufd" in backends.values():
-        opened += [_launcher.IOMMU_NODE]
+        opened += [IOMMU]
         opened += [one.vfio_device for one in functions if one.vfio_device and backends.get(one.address) == "iommufd"]
     legacy = [one for one in functions if backends.get(one.address) == "legacy" and one.iommu_group is not None]
     if request.launcher in ("self", "systemd") and legacy:
@@ -541,7 +544,9 @@ def _check_programs(host: Host, ready: Ready) -> Qemu | None:
         found = read_qemu(host, path)
         ready.qemu_version = found.version or ""
         if found.problem or not found.version:
-            ready.problems.append(f"{path} does not say its version: {found.problem or 'it said nothing'}.")
+            ready.problems.append(
+                f"{path} does not say its version or what it can do: {found.problem or 'it said nothing'}."
+            )
             found = None
         else:
             ready.problems += _too_old(ready.machine, found)
@@ -632,7 +637,10 @@ def verify(host: Host, ready: Ready) -> Json:
 def _run(host: Host, ready: Ready) -> Run:
     run = Run(host, ready, ready.backends())
     try:
-        run.go()
+        try:
+            run.go()
+        except OSError as error:  # a full /run, no descriptor left
+            raise HostError(f"The guest could not be run: {reason(error)}.") from error
     except HostError as error:
         error.details.setdefault("step", run.step)
         error.details.setdefault("verified", False)

@@ -22,6 +22,7 @@ import posixpath
 import re
 import struct
 import typing as t
+import zlib
 
 from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
@@ -503,7 +504,7 @@ def decompress(path: str, content: bytes) -> bytes:
             return lzma.decompress(content)
         if content.startswith(b"\x28\xb5\x2f\xfd"):
             return _unzstd(content)
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise HostError(f"The module {path} cannot be decompressed: {error}.") from error
     return content
 

@@ -33,7 +33,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._hot_plug import HotPlug
 from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio_driver
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM, LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, KVM, LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, read_function
 
 if t.TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Run:
         lets = self.request.launcher == "systemd" and len(nodes) < len(self.devices)
         if self.request.launcher in ("direct", "systemd") and nodes and not lets:
             self.step = "permissions"
-            self.refusals = _launcher.denied(self.ready.user, [_launcher.IOMMU_NODE, *nodes])
+            self.refusals = _launcher.denied(self.ready.user, [IOMMU, *nodes])
         self._headers = {one.address: self._header(one.address) for one in self.devices}
         self.step = "start"
         self._started = time.monotonic()
@@ -332,7 +332,7 @@ class Run:
         """Nodes that the cgroup of QEMU lets something open."""
         iommufd = [one for one in self.devices if one.backend == "iommufd" and not one.plugged]
         legacy = [one for one in self.devices if one.backend == "legacy"]
-        nodes = [_launcher.IOMMU_NODE, *(one.node for one in iommufd)] if iommufd else []
+        nodes = [IOMMU, *(one.node for one in iommufd)] if iommufd else []
         nodes += [LEGACY_CONTAINER, *(one.group_node for one in legacy)] if legacy else []
         return [*nodes, KVM] if self.ready.accelerator == "kvm" else nodes
 

@@ -34,8 +34,8 @@ Json = dict[str, t.Any]
 
 PREFIX = "iommufd-guest-"
 
-# Presses the guest's power button and waits until QEMU has ended; systemd ends it where that takes too long.
 _PYTHON = "/usr/bin/python3"
+# Presses the guest's power button and waits until QEMU has ended; systemd ends it where that takes too long.
 _POWER_BUTTON = (
     "import json,socket,sys;s=socket.socket(socket.AF_UNIX);s.connect(sys.argv[1]);"
     "[s.sendall(json.dumps({'execute':c}).encode()) for c in ('qmp_capabilities','system_powerdown')];"

@@ -19,6 +19,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _launcher
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._evidence import PassedDevice
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_command import Port
 from ansible_collections.iommufd.host.plugins.module_utils._qmp import Monitor, Refused
 
@@ -99,7 +100,7 @@ class HotPlug:
     def _make_object(self, name: str) -> None:
         arguments: Json = {"qom-type": "iommufd", "id": name}
         if self._passed:
-            with _opened(_launcher.IOMMU_NODE, self._iommu) as descriptor:
+            with _opened(IOMMU, self._iommu) as descriptor:
                 _launcher.account_per_process(descriptor)
                 self._monitor.execute("getfd", {"fdname": f"{name}-fd"}, descriptor)
             arguments["fd"] = f"{name}-fd"

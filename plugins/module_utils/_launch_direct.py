@@ -23,7 +23,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._evidence import LEGACY_NUMBER
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._launch import Plan, Running, Words, hold
-from ansible_collections.iommufd.host.plugins.module_utils._nodes import KVM, LEGACY_CONTAINER
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, KVM, LEGACY_CONTAINER
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def start(plan: Plan) -> t.Iterator[Running]:
     with contextlib.ExitStack() as stack:
         held: dict[str, int] = {}
         for name in plan.objects:
-            held[name] = hold(stack, _launcher.open_node(_launcher.IOMMU_NODE, plan.iommu))
+            held[name] = hold(stack, _launcher.open_node(IOMMU, plan.iommu))
             _launcher.account_per_process(held[name])
         for device in plan.on("iommufd"):
             held[device.address] = hold(stack, _launcher.open_node(device.node, device.number))

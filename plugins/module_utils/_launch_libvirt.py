@@ -40,7 +40,7 @@ _VIRSH = "/usr/bin/virsh"
 _LOGS = "/var/log/libvirt/qemu"
 # A file in the domain's directory that says that the domain has been ended in an orderly way.
 _ENDED = "ended"
-# What libvirt pins for the guest beside its memory, for a limit that we have to name ourselves.
+# MiB beside the guest's memory, for a limit that we have to name ourselves: what QEMU itself needs.
 _LIMIT_MARGIN = 1024
 
 
@@ -159,8 +159,10 @@ def domain(plan: Plan, directory: str, version: str | None, passed: bool) -> str
         elements = hostdevs(parse_devices("devices", given), version, rom=False)
     else:
         extra += plan.device_arguments({})
-        # libvirt does not know of these devices, and so not of the memory that they pin.
-        limit = f"<memtune><hard_limit unit='MiB'>{plan.memory * 2 + _LIMIT_MARGIN}</hard_limit></memtune>"
+        # libvirt does not know of these devices, and so not of the memory that they pin: once for each address space.
+        spaces = len(plan.objects) + bool(plan.on("legacy"))
+        size = plan.memory * (spaces + 1) + _LIMIT_MARGIN
+        limit = f"<memtune><hard_limit unit='MiB'>{size}</hard_limit></memtune>"
     cpu = "<cpu mode='host-passthrough'/>" if plan.accelerator == "kvm" else "<cpu mode='maximum'/>"
     serials = [
         f"<serial type='unix'><source mode='bind' path={quoteattr(f'{directory}/{name}')}/>"

@@ -23,6 +23,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._launch import Plan, 
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU, KVM, LEGACY_CONTAINER
 from ansible_collections.iommufd.host.plugins.module_utils._plan import wait_until
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_devices import FIRST_DESCRIPTOR
+from ansible_collections.iommufd.host.plugins.module_utils._systemd_unit import OPEN_FILE_SINCE, systemd_version
 
 _SYSTEMD_RUN = "/usr/bin/systemd-run"
 # Seconds beyond the guest's own time, after which systemd ends what nobody ended.
@@ -40,17 +41,10 @@ def problems(host: Host) -> list[str]:
     """What stands in the way of this launcher."""
     if not host.is_dir("/run/systemd/system"):
         return ["This host does not run systemd, so no unit of it can launch the guest."]
-    version = _version(host)
-    if version < 253:
+    version = systemd_version(host)
+    if version is None or version < OPEN_FILE_SINCE:
         return [f"systemd {version or '(version unknown)'} has no OpenFile=: 253 and later have it."]
     return []
-
-
-def _version(host: Host) -> int:
-    """Of systemd; 0 where it does not say."""
-    answer = host.ask(["systemctl", "--version"])
-    words = (answer.stdout if answer is not None else "").split()
-    return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
 
 
 @contextlib.contextmanager
@@ -172,6 +166,11 @@ def transient_service(
 
 def connect(path: str, process: _launcher.Process, timeout: float) -> socket.socket:
     """Connect to a socket as soon as somebody listens there.
+
+    Args:
+        path: of the socket.
+        process: whose words are quoted where nobody comes: the one that starts whoever is to listen.
+        timeout: seconds to wait; never more than 120.
 
     Raises:
         HostError: the process ended before, with its words; or nobody came in time.

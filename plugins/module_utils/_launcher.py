@@ -29,9 +29,9 @@ import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._nodes import IOMMU
 from ansible_collections.iommufd.host.plugins.module_utils._plan import reason, wait_until
 
-IOMMU_NODE = "/dev/iommu"
 VFIO_DIRECTORY = "/dev/vfio"
 
 # linux/prctl.h
@@ -112,6 +112,8 @@ def open_node(path: str, number: tuple[int, int]) -> int:
         HostError: missing, not permitted, busy, or another device.
     """
     try:
+        # Before it is opened, too: with another device, such as a watchdog, opening alone has an effect.
+        _check_number(path, os.stat(path), number)
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         hint = ""
@@ -120,22 +122,29 @@ def open_node(path: str, number: tuple[int, int]) -> int:
         elif error.errno in (errno.EBUSY, errno.EINVAL):
             hint = " (another process holds it)"
         raise HostError(f"{path} cannot be opened: {error.strerror}{hint}.", step="open") from error
-    status = os.fstat(descriptor)
+    try:
+        _check_number(path, os.fstat(descriptor), number)
+    except HostError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_number(path: str, status: os.stat_result, number: tuple[int, int]) -> None:
     found = (os.major(status.st_rdev), os.minor(status.st_rdev))
     if not stat.S_ISCHR(status.st_mode) or found != number:
-        os.close(descriptor)
         raise HostError(
             f"{path} is not the device it should be: {found[0]}:{found[1]}, sysfs says {number[0]}:{number[1]}. "
             "A stale node: remove it and let udev make it anew (udevadm trigger).",
             step="open",
         )
-    return descriptor
 
 
 def account_per_process(descriptor: int) -> None:
     """Have the memory pinned through an empty iommufd context charged to the process, not to its user.
 
     By default it is charged to the user, all whose processes share one limit (RLIMIT_MEMLOCK of the one that pins).
+    IOMMU_OPTION_RLIMIT_MODE of linux/iommufd.h, there from the beginning (Linux 6.2).
 
     Raises:
         HostError: the kernel refused (it needs CAP_SYS_RESOURCE and an empty context), or did not keep it.
@@ -146,12 +155,11 @@ def account_per_process(descriptor: int) -> None:
         kept = _iommu_option(descriptor, request, _OPTION_GET, 0)
     except OSError as error:
         raise HostError(
-            f"{IOMMU_NODE}: pinned memory cannot be accounted per process (IOMMU_OPTION RLIMIT_MODE): "
-            f"{error.strerror}.",
+            f"{IOMMU}: pinned memory cannot be accounted per process (IOMMU_OPTION RLIMIT_MODE): {error.strerror}.",
             step="accounting",
         ) from error
     if kept != 1:
-        raise HostError(f"{IOMMU_NODE}: RLIMIT_MODE is {kept} after it was set to 1.", step="accounting")
+        raise HostError(f"{IOMMU}: RLIMIT_MODE is {kept} after it was set to 1.", step="accounting")
 
 
 def _iommu_option(descriptor: int, request: int, operation: int, value: int) -> int:
@@ -402,7 +410,8 @@ def denied(user: User, paths: t.Sequence[str]) -> dict[str, str | None]:
 class Process:
     """A process with inherited descriptors, its own session, and an end that is certain.
 
-    Use it as a context manager: on leaving, however that happens, the process and all it started are gone.
+    Use it as a context manager: on leaving, however that happens, the process is gone. One that still ran takes its
+    process group with it; what left that group, or outlived its leader, is not looked for.
 
     Args:
         arguments: the program's path, and its arguments.
@@ -502,7 +511,7 @@ class Process:
         return self.status
 
     def end(self) -> None:
-        """Kill it and everything in its session; afterwards none is left.
+        """Kill it and its process group; nothing is done where it has ended by itself.
 
         Raises:
             HostError: it does not end (stuck in the kernel).

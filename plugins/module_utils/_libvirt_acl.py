@@ -146,8 +146,8 @@ def _started(host: Host, unit: str) -> float | None:
     shown = dict(line.split("=", 1) for line in answer.stdout.splitlines() if "=" in line)
     if shown.get("ActiveState") != "active" or not shown.get("MainPID", "0").isdecimal():
         return None
-    # /proc/PID/stat, field 22: start in clock ticks after boot. Counted back from now, as the wall clock may have
-    # been set since; systemd's own time stamp would be the old clock's.
+    # /proc/PID/stat, field 22: start in clock ticks after boot (proc(5)), 100 a second wherever libvirt runs. Counted
+    # back from now, as the wall clock may have been set since; systemd's own time stamp would be the old clock's.
     fields = (host.read_text(f"/proc/{shown['MainPID']}/stat") or "").rpartition(")")[2].split()
     uptime = (host.read_text("/proc/uptime") or "").split()
     if len(fields) < 20 or not uptime:

@@ -6,7 +6,7 @@
 
 A guest with a device has all of its memory pinned. iommufd compares what it pins with RLIMIT_MEMLOCK of the process
 that pins, but by default (RLIMIT_MODE 0) it counts what *all* processes of the same user have pinned through iommufd
-(drivers/iommu/iommufd/pages.c, update_locked_vm_user). So each guest's limit has to cover the sum of all guests that
+(drivers/iommu/iommufd/pages.c, incr_user_locked_vm). So each guest's limit has to cover the sum of all guests that
 run as one user. Only a launcher with CAP_SYS_RESOURCE can have it counted per process (RLIMIT_MODE 1), as libvirt 12.1
 does.
 
@@ -26,7 +26,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import HostEr
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt_acl import DAEMONS, Restart
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, WriteFile, run
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, Step, WriteFile, run
 from ansible_collections.iommufd.host.plugins.module_utils._systemd_unit import (
     RemoveDropIn,
     UnitState,
@@ -64,7 +64,7 @@ def parse_size(option: str, value: object) -> int:
 
 
 def show_size(size: int | None) -> str:
-    """A size for people; None is no limit."""
+    """A size in bytes for people; None is no limit."""
     if size is None:
         return "unlimited"
     for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
@@ -215,14 +215,15 @@ def shown_limit(value: str | None) -> int | None:
 
 
 def _base(host: Host, state: UnitState) -> int | None:
-    """LimitMEMLOCK of the unit's own files and of others' drop-ins; the last one counts."""
+    """LimitMEMLOCK of the unit's own files and of others' drop-ins; the last one counts, and of "soft:hard"
+    (systemd.exec(5)) the soft limit, which is the one that the kernel compares with."""
     found: int | None = -1
     paths = [state.shown.get("FragmentPath", ""), *state.shown.get("DropInPaths", "").split()]
     for path in paths:
         if not path or path == state.path:
             continue
         for line in (host.read_text(path) or "").splitlines():
-            match = re.fullmatch(r"\s*LimitMEMLOCK\s*=\s*(?:[^:\s]*:)?(\S*)\s*", line)
+            match = re.fullmatch(r"\s*LimitMEMLOCK\s*=\s*([^:\s]*)(?::\S*)?\s*", line)
             if match is None:
                 continue
             if match[1] in ("", "infinity"):
@@ -301,8 +302,8 @@ def _differs(service: Service, target: int | None, wanted: bool) -> bool:
 
 
 @dataclasses.dataclass
-class WriteLimit(WriteDropIn):
-    """Write the drop-in; taken back, a daemon that was restarted for it has its old limit again."""
+class _LimitChanged(Step):
+    """A change of the drop-in; taken back, a daemon that was restarted for it has its old limit again."""
 
     restart: Restart | None = None
 
@@ -310,6 +311,16 @@ class WriteLimit(WriteDropIn):
         super().undo()
         if self.restart is not None and self.restart.tried:
             run(["systemctl", "restart", "--", self.restart.daemon], 120)
+
+
+@dataclasses.dataclass
+class WriteLimit(_LimitChanged, WriteDropIn):
+    """Write the drop-in."""
+
+
+@dataclasses.dataclass
+class RemoveLimit(_LimitChanged, RemoveDropIn):
+    """Remove the drop-in."""
 
 
 def _plan_unit(plan_: Plan, service: Service, text: str | None, restart: Restart | None) -> bool:
@@ -321,10 +332,11 @@ def _plan_unit(plan_: Plan, service: Service, text: str | None, restart: Restart
     if text is None:
         if content is not None:
             plan_.add(
-                RemoveDropIn(
-                    f"remove {state.path}", state.path, before, path=state.path, prune=[os.path.dirname(state.path)]
+                RemoveLimit(
+                    f"remove {state.path}", state.path, before, path=state.path, prune=[os.path.dirname(state.path)],
+                    restart=restart,
                 )
-            )
+            )  # fmt: skip
         return content is not None or state.path in state.shown.get("DropInPaths", "").split()
     if before != text:
         plan_.add(

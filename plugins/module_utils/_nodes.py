@@ -12,9 +12,9 @@ import os
 import pwd
 import re
 import stat
-import struct
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
 IOMMU = "/dev/iommu"
@@ -26,9 +26,8 @@ KVM = "/dev/kvm"
 # include/uapi/linux/major.h
 _MISC_MAJOR = 10
 
-# include/uapi/linux/posix_acl_xattr.h: a version (2), then tag, permissions and id for each entry; the tags of those
-# that the mode does not show.
-_ACL_ENTRIES = {0x02: "user", 0x08: "group"}
+# The entries of an access list that the mode does not show.
+_ACL_ENTRIES = {_posix_acl.USER: "user", _posix_acl.GROUP: "group"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Node:
         links: other names in /dev that point to it, in order.
         label: its SELinux label, where it has one.
         acl: whether it has an access list beyond owner, group and mode.
-        acl_entries: what that list grants to others ("user:libvirt-qemu:rw-", "group:tss:r--").
+        acl_entries: what that list grants to others, within its mask ("user:libvirt-qemu:rw-", "group:tss:r--").
     """
 
     path: str
@@ -179,26 +178,30 @@ def _attributes(host: Host, path: str) -> tuple[str | None, bytes | None]:
         label = acl = None
         if "security.selinux" in names:
             label = os.getxattr(real, "security.selinux").rstrip(b"\0").decode("utf-8", "replace")
-        if "system.posix_acl_access" in names:
-            acl = os.getxattr(real, "system.posix_acl_access")
+        if _posix_acl.ATTRIBUTE in names:
+            acl = os.getxattr(real, _posix_acl.ATTRIBUTE)
         return label, acl
     except (OSError, ValueError):
         return None, None
 
 
 def acl_entries(acl: bytes, accounts: Accounts) -> list[str]:
-    """What an access list grants to named users and groups, as getfacl writes it.
+    """What an access list grants to named users and groups, in the form of getfacl(1). The mask is taken into account:
+    udev shuts it with the mode that it sets, and the entries stay.
 
     Args:
-        acl: the extended attribute system.posix_acl_access.
+        acl: the extended attribute system.posix_acl_access; empty where it is not in the known form.
         accounts: for the names.
     """
     found = []
-    for tag, permissions, number in struct.iter_unpack("<HHI", acl[4 : 4 + (len(acl) - 4) // 8 * 8]):
+    entries = _posix_acl.parse(acl)
+    mask = _posix_acl.mask(entries)
+    for tag, permissions, number in entries:
         kind = _ACL_ENTRIES.get(tag)
         if kind is not None:
             name = accounts.user_name(number) if kind == "user" else accounts.group_name(number)
-            allowed = "".join(letter if permissions & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1)))
+            bits = permissions & mask
+            allowed = "".join(letter if bits & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1)))
             found.append(f"{kind}:{name or number}:{allowed}")
     return found
 

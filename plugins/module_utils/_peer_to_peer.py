@@ -61,7 +61,7 @@ def read(host: Host, kernel: str, qemu: str) -> Json | None:
 
 
 def keep(host: Host, kernel: str, qemu: str, version: str, works: bool, detail: str) -> None:
-    """Keep a measurement.
+    """Keep a measurement. One that cannot be kept (a full /run) is lost, and measured again when it is asked for.
 
     Args:
         host: the host.
@@ -80,9 +80,10 @@ def keep(host: Host, kernel: str, qemu: str, version: str, works: bool, detail: 
     # Several guests may end at once: each writes a whole file, and any of them is right.
     temporary = f"{PATH}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(json.dumps([*others, new][-_MOST:], indent=1) + "\n")
-        os.replace(temporary, PATH)
+        with contextlib.suppress(OSError):
+            with open(temporary, "x", encoding="utf-8") as file:
+                file.write(json.dumps([*others, new][-_MOST:], indent=1) + "\n")
+            os.replace(temporary, PATH)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)

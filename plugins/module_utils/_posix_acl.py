@@ -50,7 +50,12 @@ def real_mode(mode: int, entries: t.Sequence[Entry]) -> int:
     return mode if own is None else (mode & ~0o070) | own << 3
 
 
+def mask(entries: t.Sequence[Entry]) -> int:
+    """The permission bits that named users and all groups have at most (acl(5))."""
+    return next((entry.bits for entry in entries if entry.tag == MASK), 7)
+
+
 def named(entries: t.Sequence[Entry]) -> frozenset[tuple[int, int]]:
     """Named users and groups that may read and write, the mask considered, as (tag, id)."""
-    mask = next((entry.bits for entry in entries if entry.tag == MASK), 7)
-    return frozenset((one.tag, one.id) for one in entries if one.tag in (USER, GROUP) and one.bits & mask & 6 == 6)
+    most = mask(entries)
+    return frozenset((one.tag, one.id) for one in entries if one.tag in (USER, GROUP) and one.bits & most & 6 == 6)

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import inspect
+import itertools
 import json
 import os
 import re
@@ -51,6 +52,7 @@ LINKS = ("exists", "dac", "acl", "cgroup", "lsm", "memlock")
 OK, BROKEN, SKIP = "ok", "broken", "skip"
 
 _PROFILE = "iommufd-host-probe"
+_NUMBERS = itertools.count(1)
 _BOOTSTRAP = "import json,sys; job=json.load(sys.stdin); exec(job['source'], job['space']); "
 _BOOTSTRAP += "json.dump(job['space']['run_trials'](job['trials']), sys.stdout)"
 
@@ -417,7 +419,7 @@ def judge(node: Node, entries: t.Sequence[_posix_acl.Entry], actor: Actor) -> tu
     shown = f"{node.owner}:{node.group} {node.mode_text}"
     if actor.uid == 0:
         return True, "root may open it whatever its mode is"
-    mask = next((entry.bits for entry in entries if entry.tag == _posix_acl.MASK), 7)
+    mask = _posix_acl.mask(entries)
     own_group = next((entry.bits for entry in entries if entry.tag == _posix_acl.GROUP_OBJ), node.mode >> 3 & 7)
     if actor.uid == node.uid:
         return _both(node.mode >> 6), f"{shown}, and {actor.name} owns it"
@@ -497,7 +499,7 @@ def try_place(
         place: where.
         paths: for each node that exists who shall try it.
         pin: bytes to lock as the one who pins; None: none.
-        timeout: seconds for all of it.
+        timeout: seconds for the trial outside, and again for those in the unit.
 
     Raises:
         HostError: a trial could not be made at all.
@@ -549,7 +551,9 @@ def _transient(host: Host, place: Place, timeout: float) -> list[str]:
                 properties.append(f"DeviceAllow={path} rw")
     if place.memlock != -1:
         properties.append(f"LimitMEMLOCK={'infinity' if place.memlock is None else place.memlock}")
-    argv = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--unit={_PROFILE}-{os.getpid()}.service"]
+    # Each under a name of its own: systemd forgets the one before only some time after its end.
+    name = f"{_PROFILE}-{os.getpid()}-{next(_NUMBERS)}.service"
+    argv = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--unit={name}"]
     if place.slice and _is_active(host, place.slice):
         argv.append(f"--slice={place.slice}")
     argv += [f"--property={text}" for text in properties]
@@ -698,6 +702,8 @@ def refusal_links(
     if node is None or target.path is None:
         return [Link("exists", SKIP, f"{target.name} is not there.")]
     path = node.path
+    if exists_link(host, target, node).status != OK:
+        return [Link("exists", SKIP, f"{path} is not the device that it should be, so it was not tried.")]
     _allowed, why = judge(node, _posix_acl.parse(_posix_acl.read(host, path)), actor)
     gates = (("dac", trial.plain.get(path)), ("cgroup", trial.cgroup.get(path)), ("lsm", trial.lsm.get(path)))
     for link, answer in gates:
@@ -778,10 +784,10 @@ def probe(host: Host, place: Place, targets: t.Sequence[Target], pin: int | None
     kvm = Target(KVM, "/sys/class/misc/kvm/dev")
     kvm_node = read_node(host, KVM, accounts, kvm.sysfs)
     where = place.launcher or place
-    there = [node.path for node in nodes.values() if node is not None and stat_is_device(host, node.path)]
+    there = [node.path for node in nodes.values() if node is not None and is_right_device(host, node)]
     here = tuple(actor for actor in (place.opener if where is place else None, place.process) if actor is not None)
     paths = dict.fromkeys(there, here)
-    if kvm_node is not None and place.kvm is not None:
+    if kvm_node is not None and place.kvm is not None and is_right_device(host, kvm_node):
         paths[KVM] = (place.kvm,)
     pinning = place.process or place.opener
     trials = try_place(host, place, paths, pin, timeout)
@@ -834,7 +840,8 @@ def probe(host: Host, place: Place, targets: t.Sequence[Target], pin: int | None
     }
 
 
-def stat_is_device(host: Host, path: str) -> bool:
-    """Whether a path is a character device, which alone is opened."""
-    status = host.stat(path)
-    return status is not None and stat.S_ISCHR(status.st_mode)
+def is_right_device(host: Host, node: Node) -> bool:
+    """Whether a node is the character device that it should be, which alone is opened: opening another one, such as a
+    watchdog, has an effect of its own."""
+    status = host.stat(node.path)
+    return status is not None and stat.S_ISCHR(status.st_mode) and node.expected in (None, node.number)

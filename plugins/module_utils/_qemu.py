@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import re
+import stat
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
@@ -103,8 +104,29 @@ def _is_own(path: str) -> bool:
 
 def read_qemus(host: Host) -> list[Qemu]:
     """All binaries. Those for the host's own architecture are asked (only they can give a guest a device at KVM's
-    speed); the others, of which a distribution may install thirty, are only listed."""
-    return [read_qemu(host, path, _is_own(path)) for path in find_binaries(host)]
+    speed); the others, of which a distribution may install thirty, are only listed. So is one below /opt, where it is
+    not root's alone: nobody named it, and root would run whatever was put there."""
+    found = []
+    for path in find_binaries(host):
+        foreign = host.live and path.startswith("/opt/") and not is_roots(host, path)
+        one = read_qemu(host, path, _is_own(path) and not foreign)
+        if foreign and _is_own(path):
+            one = dataclasses.replace(one, problem="others than root may change it, so it was not asked")
+        found.append(one)
+    return found
+
+
+def is_roots(host: Host, path: str) -> bool:
+    """Whether nobody but root can change what a path leads to: neither the file nor a directory on the way to it."""
+    for place in (path, host.realpath(path) or path):
+        while place != "/":
+            status = host.stat(place, follow=False)
+            if status is None or status.st_uid != 0:
+                return False
+            if status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode):
+                return False
+            place = os.path.dirname(place)
+    return True
 
 
 def read_qemu(host: Host, path: str, ask: bool = True) -> Qemu:
@@ -147,19 +169,18 @@ def question(plain: Qemu, ask: t.Callable[[list[str]], Output | None]) -> Qemu:
     match = _VERSION.search(answer.stdout) if answer is not None else None
     if match is None:
         return dataclasses.replace(plain, problem=_words(answer))
+    plain = dataclasses.replace(plain, version=match[1], build=match[2])
     device = ask([plain.path, "-device", "vfio-pci,help"])
-    properties = set(re.findall(r"^\s*([\w-]+)=", device.stdout, re.MULTILINE)) if device is not None else set()
+    if device is None:
+        return dataclasses.replace(plain, problem=_words(None))
+    properties = set(re.findall(r"^\s*([\w-]+)=", device.stdout, re.MULTILINE))
     able = "iommufd" in properties
     if able:  # the object could still be missing; without the property there is no need to ask
         objects = ask([plain.path, "-object", "help"])
-        able = bool(objects and re.search(r"^\s*iommufd\s*$", objects.stdout, re.MULTILINE))
-    return dataclasses.replace(
-        plain,
-        version=match[1],
-        build=match[2],
-        iommufd=able,
-        passing=able and "fd" in properties,
-    )
+        if objects is None:
+            return dataclasses.replace(plain, problem=_words(None))
+        able = re.search(r"^\s*iommufd\s*$", objects.stdout, re.MULTILINE) is not None
+    return dataclasses.replace(plain, iommufd=able, passing=able and "fd" in properties)
 
 
 def _words(output: Output | None) -> str:

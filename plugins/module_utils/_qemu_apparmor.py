@@ -50,7 +50,7 @@ def plan_rules(host: Host, plan: Plan, directory: str) -> None:
 def plan_no_rules(host: Host, plan: Plan) -> None:
     """Take all of that away again."""
     text = host.read_text(RULES_FILE)
-    if text is not None and OWN_MARK in text:
+    if text is not None and OWN_MARK in text[:400]:
         plan.add(RemoveFile(f"remove {RULES_FILE}", RULES_FILE, text, path=RULES_FILE, prune=(f"{ABSTRACTION}.d",)))
     for daemon in _DAEMONS:
         steps = len(plan.steps)

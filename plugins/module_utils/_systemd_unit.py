@@ -44,7 +44,7 @@ _CLASS = re.compile(r"(char|block)-[A-Za-z0-9_-]+")
 _SIZE = re.compile(r"[1-9][0-9]{0,17}[KMGTPE]?|infinity")
 
 # systemd 253: OpenFile= (NEWS)
-_OPEN_FILE_SINCE = 253
+OPEN_FILE_SINCE = 253
 
 
 def parse_unit(option: str, value: str) -> str:
@@ -213,7 +213,7 @@ def check_support(host: Host, unit: str, wanted: Wanted) -> None:
         if value and not service:
             raise OptionError(option, value, "nothing", f"{unit} starts no process of its own; only services do")
     version = systemd_version(host)
-    if wanted.open_file and version is not None and version < _OPEN_FILE_SINCE:
+    if wanted.open_file and version is not None and version < OPEN_FILE_SINCE:
         raise OptionError(
             "open_file", list(wanted.open_file), "nothing", f"systemd {version} has no OpenFile=, 253 has"
         )

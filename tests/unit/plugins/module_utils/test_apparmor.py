@@ -131,6 +131,8 @@ def test_an_abstraction_without_additions(machine: Machine) -> None:
         ("/{dev,run}/iommu rw,", True),
         ("/dev/iomm[a-u] rw,", True),
         ("deny /dev/iommu rw,", False),
+        (r"/srv/a\{b rw,", False),
+        ("/srv/{a rw,\n/dev/iommu rw,", True),
     ],
 )
 def test_what_rules_allow(rules: str, allowed: bool) -> None:

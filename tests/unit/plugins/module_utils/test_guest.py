@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
+import types
 import typing as t
 
 import pytest
@@ -14,6 +16,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import _guest, _guest
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._guest import Request
 from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import guest_machine
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import Qemu
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
@@ -175,6 +178,7 @@ def test_kernel_image_missing(ready_machine: Machine) -> None:
         ({"memory": 64}, "memory: 64 .*128 MiB"),
         ({"cpus": 0}, "cpus: 0 "),
         ({"timeout": 1}, "timeout: 1 "),
+        ({"arp_target": "192.0.2.256"}, r"arp_target: '192\.0\.2\.256' .*an address of IPv4"),
         ({"user": "no-such-user"}, "user: 'no-such-user'"),
         ({"user": "root"}, "user: 'root'"),
         ({"accelerator": "kvm"}, "accelerator: 'kvm'.*neither vmx nor svm"),
@@ -185,6 +189,19 @@ def test_bad_options(ready_machine: Machine, options: dict[str, t.Any], words: s
     for pending in (False, True):
         with pytest.raises(OptionError, match=words):
             _guest.prepare(ready_machine.host, Request(**{"devices": (NVME,), "pending": pending, **options}))
+
+
+def test_what_the_system_refuses_names_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def go() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/iommufd-verify-7/kernel")
+
+    words = types.SimpleNamespace(distinct=list)
+    run = types.SimpleNamespace(go=go, step="start", arguments=[], words=words, console_lines=list)
+    monkeypatch.setattr(_guest, "Run", lambda *_arguments: run)
+    ready: t.Any = types.SimpleNamespace(backends=dict)
+    with pytest.raises(HostError, match=r"could not be run: /run/iommufd-verify-7/kernel: No space left") as caught:
+        _guest._run(Host(), ready)
+    assert (caught.value.details["step"], caught.value.details["verified"]) == ("start", False)
 
 
 def test_without_devices_there_is_no_guest_unless_they_are_still_to_come(ready_machine: Machine) -> None:

@@ -126,7 +126,14 @@ def test_zstd_file(tmp_path: Path) -> None:
         _guest_image.decompress("m.ko.zst", packed[: len(packed) // 2])
 
 
-@pytest.mark.parametrize("damaged", [lzma.compress(b"x" * 1000)[:-30], gzip.compress(b"x" * 1000, mtime=0)[:-9]])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lzma.compress(b"x" * 1000)[:-30],
+        gzip.compress(b"x" * 1000, mtime=0)[:-9],
+        gzip.compress(b"x" * 1000, mtime=0)[:10] + b"\xff" * 20,
+    ],
+)
 def test_damaged_modules(damaged: bytes) -> None:
     with pytest.raises(HostError, match=r"/lib/m\.ko"):
         _guest_image.decompress("/lib/m.ko", damaged)

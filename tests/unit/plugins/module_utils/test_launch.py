@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import subprocess
 import typing as t
 
@@ -161,6 +162,11 @@ def test_a_domain_with_iommufd_says_so_and_one_that_opens_itself_does_not(machin
     assert "<hostdev" not in opening
     assert f"host={FIRST},iommufd=iommufd0" in opening
     assert "hard_limit" in opening and "hard_limit" not in passing
+    several = plan(machine, device(0), device(1, name="second"), device(2, "legacy"))
+    for made, spaces in ((plan(machine), 1), (several, 3)):
+        text = _launch_libvirt.domain(made, "/run/x", "11.3.0", False)
+        size = re.search(r"<hard_limit unit='MiB'>(\d+)<", text)
+        assert size is not None and int(size[1]) >= spaces * made.memory + 1024, "memory is pinned for each space"
 
 
 def test_a_unit_whose_qemu_opens_kvm_itself_has_a_node_of_its_own() -> None:

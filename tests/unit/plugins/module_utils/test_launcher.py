@@ -81,6 +81,12 @@ def test_open_node() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_another_device_is_not_even_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", lambda path, *_more: pytest.fail(f"{path} was opened"))
+    with pytest.raises(HostError, match="not the device"):
+        _launcher.open_node("/dev/null", (10, 262))
+
+
 def test_open_node_missing() -> None:
     with pytest.raises(HostError, match=r"/dev/no-such-node cannot be opened: No such file"):
         _launcher.open_node("/dev/no-such-node", (1, 1))

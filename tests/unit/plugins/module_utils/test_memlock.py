@@ -10,9 +10,10 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _memlock
-from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils import _libvirt_acl, _memlock, _systemd_unit
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._plan import RemoveFile
 from ansible_collections.iommufd.host.plugins.module_utils._systemd_unit import UnitState
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
@@ -118,6 +119,51 @@ def test_a_service_that_is_no_longer_named_gets_its_own_limit_back() -> None:
         "have systemd read its units again",
         "restart libvirtd.service (guests keep running)",
     ]
+
+
+def test_a_daemon_that_lost_its_limit_gets_it_back_when_a_later_step_fails(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def run(argv: t.Sequence[str], *_more: t.Any) -> str:
+        said.append(" ".join(argv))
+        if "virtqemud.service" in argv:
+            raise HostError("it does not come back")
+        return ""
+
+    for module in (_libvirt_acl, _memlock, _systemd_unit):
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(_libvirt_acl, "_is_active", lambda _unit: True)
+    content = _memlock.drop_in_text(AMOUNT).encode()
+    names = ("libvirtd.service", "virtqemud.service")
+    services = {name: service(live=5 * GIB, content=content, unit=name) for name in names}
+    plan = _memlock.plan(_memlock.State(services, None), None, [], [], True, Host())
+    for step in plan.steps:
+        if isinstance(step, RemoveFile):
+            machine.file(step.path, content)
+            step.path, step.prune = str(machine.at(step.path)), ()
+    with pytest.raises(HostError, match="does not come back"):
+        plan.apply()
+    assert all(machine.at(one.state.path).read_bytes() == content for one in services.values())
+    restarted = said.index("systemctl try-restart -- libvirtd.service")
+    assert "systemctl restart -- libvirtd.service" in said[restarted:]
+
+
+@pytest.mark.parametrize(
+    ("lines", "base"),
+    [
+        ("LimitMEMLOCK=64M\n", 64 << 20),
+        ("LimitMEMLOCK=64M:infinity\n", 64 << 20),
+        ("LimitMEMLOCK = infinity:infinity\n", None),
+        ("LimitMEMLOCK=64M\nLimitMEMLOCK=\n", -1),
+        ("", -1),
+    ],
+)
+def test_of_two_limits_of_a_unit_the_soft_one_counts(machine: Machine, lines: str, base: int | None) -> None:
+    machine.file("/lib/systemd/system/guest.service", f"[Service]\n{lines}")
+    state = UnitState("guest.service", None, {"FragmentPath": "/lib/systemd/system/guest.service"}, _memlock.DROP_IN)
+    assert _memlock._base(machine.host, state) == base
 
 
 def test_users_get_a_file_of_their_own() -> None:

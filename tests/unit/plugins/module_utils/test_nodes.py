@@ -92,7 +92,9 @@ def test_what_an_access_list_grants(machine: Machine) -> None:
     entries = [(1, 6, 2**32 - 1), (2, 6, 107), (4, 6, 2**32 - 1), (8, 4, 36), (16, 6, 2**32 - 1), (32, 0, 2**32 - 1)]
     acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
     assert acl_entries(acl, Accounts(machine.host)) == ["user:qemu:rw-", "group:36:r--"]
-    assert acl_entries(acl[:-3], Accounts(machine.host)) == ["user:qemu:rw-", "group:36:r--"]
+    shut = acl.replace(struct.pack("<HH", 16, 6), struct.pack("<HH", 16, 0))
+    assert acl_entries(shut, Accounts(machine.host)) == ["user:qemu:---", "group:36:---"], "the mask counts"
+    assert acl_entries(acl[:-3], Accounts(machine.host)) == [], "the kernel gives no such thing"
     assert acl_entries(b"", Accounts(machine.host)) == []
 
 

@@ -54,6 +54,12 @@ def test_of_many_the_last_ones_are_kept(host: Host, qemu: str) -> None:
     assert [one["kernel"] for one in _peer_to_peer.read_all(host)] == [f"6.{number}" for number in range(4, 20)]
 
 
+def test_what_cannot_be_kept_is_no_failure(qemu: str, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_peer_to_peer, "PATH", "/proc/no-such-directory/kept.json")
+    _peer_to_peer.keep(host, "7.2", qemu, "11.1", True, "")
+    assert _peer_to_peer.read_all(host) == []
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]", '[{"works": "yes", "kernel": "7.2"}]', '[{"works": true}]'])
 def test_what_is_damaged_is_nothing(host: Host, qemu: str, text: str) -> None:
     pathlib.Path(_peer_to_peer.PATH).write_text(text)

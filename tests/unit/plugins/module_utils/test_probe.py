@@ -164,6 +164,33 @@ def test_a_node_that_opens_though_it_must_not(machine: Machine) -> None:
     assert "libvirt-qemu could open /dev/iommu itself" in found.detail
 
 
+def test_a_node_that_is_another_device_is_not_opened(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def try_place(_host: Host, _place: Place, paths: t.Iterable[str], *_more: t.Any) -> dict[Actor, Trial]:
+        tried.extend(paths)
+        return {}
+
+    right = dataclasses.replace(node(), path="/dev/null")
+    found = {IOMMU: dataclasses.replace(right, expected="10:99"), "/dev/vfio/devices/vfio0": right}
+    monkeypatch.setattr(_probe, "try_place", try_place)
+    monkeypatch.setattr(_probe, "read_node", lambda _host, path, *_more: found.get(path))
+    targets = [TARGET, Target("/dev/vfio/devices/vfio0", None)]
+    said = _probe.probe(Host(), dataclasses.replace(LAUNCHER, kvm=None), targets, None, 60)
+    assert tried == ["/dev/null"], "the right one alone"
+    refused = next(row for row in said["nodes"] if row["path"] == IOMMU and row["expected"] == "refused")
+    assert [(link["link"], link["status"]) for link in refused["links"]] == [("exists", _probe.SKIP)]
+    assert said["broken"]["link"] == "exists"
+
+
+def test_each_trial_has_a_unit_of_its_own(machine: Machine) -> None:
+    units = [
+        next(word for word in _probe._transient(machine.host, LAUNCHER, 60) if word.startswith("--unit="))
+        for _number in range(2)
+    ]
+    assert len(set(units)) == 2
+
+
 # -- pinned memory -----------------------------------------------------------------------------------------------------
 
 

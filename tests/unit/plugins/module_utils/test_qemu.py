@@ -4,12 +4,21 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._qemu import find_binaries, read_qemu
+from ansible_collections.iommufd.host.plugins.module_utils import _qemu
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
+from ansible_collections.iommufd.host.plugins.module_utils._qemu import (
+    Qemu,
+    find_binaries,
+    is_roots,
+    question,
+    read_qemu,
+    read_qemus,
+)
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 
@@ -68,6 +77,59 @@ def test_what_does_not_run(tmp_path: pathlib.Path) -> None:
     broken = read_qemu(Host(), str(path))
     assert broken.problem == "error while loading shared libraries: libx.so"
     assert broken.iommufd is None
+
+
+@pytest.mark.parametrize("silent", ["-device", "-object"])
+def test_a_question_without_an_answer_is_no_lack_of_iommufd(silent: str) -> None:
+    said = {
+        "-version": "QEMU emulator version 10.0.13\n",
+        "-device": PROPERTIES.replace("\\n", "\n"),
+        "-object": "  iommufd\n",
+    }
+
+    def ask(argv: list[str]) -> Output | None:
+        return None if argv[1] == silent else Output(0, said[argv[1]], "")
+
+    found = question(Qemu("/usr/bin/qemu", "/usr/bin/qemu"), ask)
+    assert (found.version, found.iommufd, found.passing) == ("10.0.13", None, None)
+    assert found.problem == "it did not answer"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files are root's")
+def test_what_others_than_root_may_change(machine: Machine) -> None:
+    path = "/opt/emulator/bin/qemu-kvm"
+    machine.file("/opt/emulator/versions/1/qemu-kvm", "\x7fELF")
+    machine.link(path, "/opt/emulator/versions/1/qemu-kvm")
+    for place in ("/opt", "/opt/emulator", "/opt/emulator/bin", "/opt/emulator/versions", "/opt/emulator/versions/1"):
+        machine.at(place).chmod(0o755)
+    machine.at(path).chmod(0o755)  # of the file that it leads to
+    assert is_roots(machine.host, path)
+    for place in ("/opt/emulator/bin", "/opt/emulator/versions/1", "/opt/emulator/versions/1/qemu-kvm"):
+        machine.at(place).chmod(0o775)
+        assert not is_roots(machine.host, path), place
+        machine.at(place).chmod(0o755)
+        os.chown(machine.at(place), 1000, 0)
+        assert not is_roots(machine.host, path), place
+        os.chown(machine.at(place), 0, 0)
+    assert not is_roots(machine.host, "/opt/gone")
+
+
+@pytest.mark.parametrize(("path", "asked"), [("/opt/emulator/bin/qemu-kvm", False), ("/usr/bin/qemu-kvm", True)])
+def test_root_does_not_run_what_it_happens_to_find_below_opt(
+    monkeypatch: pytest.MonkeyPatch, path: str, asked: bool
+) -> None:
+    calls: list[bool] = []
+
+    def read(_host: Host, _path: str, ask: bool) -> Qemu:
+        calls.append(ask)
+        return Qemu(path, path)
+
+    monkeypatch.setattr(_qemu, "find_binaries", lambda _host: [path])
+    monkeypatch.setattr(_qemu, "is_roots", lambda _host, _path: False)
+    monkeypatch.setattr(_qemu, "read_qemu", read)
+    (found,) = read_qemus(Host())
+    assert calls == [asked]
+    assert (found.problem is None) is asked
 
 
 def test_binaries_of_a_captured_tree_are_found_and_not_asked(machine: Machine) -> None:

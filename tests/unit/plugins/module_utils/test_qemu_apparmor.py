@@ -49,6 +49,8 @@ def test_guests_may_run_it(machine: Machine) -> None:
     machine.file(apparmor.RULES_FILE, "somebody else's\n")
     with pytest.raises(Refusal, match="is not ours"):
         present(machine)
+    machine.file(apparmor.RULES_FILE, f"{'# somebody else, who speaks of us' * 20}\n{step.after}")
+    assert absent(machine) == []
 
 
 @pytest.mark.parametrize("before", [None, "# Site-specific additions\n/srv/qemu PUx,\n"])

@@ -14,7 +14,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _launcher
+from ansible_collections.iommufd.host.plugins.module_utils import _hot_plug, _launcher
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._evidence import PassedDevice
 from ansible_collections.iommufd.host.plugins.module_utils._hot_plug import HotPlug
@@ -122,7 +122,7 @@ def test_a_device_goes_onto_the_guests_own_object_by_its_descriptor() -> None:
 
 
 def test_an_object_of_its_own_comes_and_goes_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_launcher, "IOMMU_NODE", "/dev/zero")
+    monkeypatch.setattr(_hot_plug, "IOMMU", "/dev/zero")
     monkeypatch.setattr(_launcher, "account_per_process", lambda _descriptor: None)
     qemu = Qemu()
     plug = HotPlug(qemu.ours, ["iommufd0"], True, (1, 5), listen)
