@@ -34,7 +34,7 @@ _DIRECTORIES = (
     "/usr/lib/modules-load.d",
 )
 
-_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 # Where a module is known to bring a device node with it.
 NODES = {"iommufd": "/dev/iommu"}
@@ -52,7 +52,7 @@ def check_names(option: str, names: t.Sequence[str]) -> None:
         OptionError: names the option with the index.
     """
     for number, name in enumerate(names):
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise OptionError(f"{option}[{number}]", name, "the name of a kernel module, such as vfio-pci")
 
 

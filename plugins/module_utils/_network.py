@@ -214,7 +214,8 @@ class Network:
         peer, _port, own, _own_port = words
         if "%" in own:  # link-local: the zone is the interface
             return own.partition("%")[2], peer
-        answer = self.host.ask(["ip", "-j", "route", "get", peer.partition("%")[0]])
+        # With our own address: rules may send what comes from it another way than the rest (ip-rule(8)).
+        answer = self.host.ask(["ip", "-j", "route", "get", peer.partition("%")[0], "from", own])
         name = None
         if answer is not None and answer.ok:
             try:

@@ -123,7 +123,7 @@ def test_a_foreign_file_at_our_path_is_left_alone(tmp_path: pathlib.Path) -> Non
             plan()
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../x", "-r", "a;b"])
+@pytest.mark.parametrize("name", ["", "a b", "../x", "-r", "a;b", "vfio-pci\n"])
 def test_bad_names(name: str) -> None:
     with pytest.raises(OptionError, match=r"names\[1\]"):
         _modules_load.check_names("names", ["iommufd", name])

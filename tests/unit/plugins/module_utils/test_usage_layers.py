@@ -9,11 +9,13 @@ import os
 import struct
 import subprocess
 import time
+import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._network import ask_interfaces, other_namespaces
+from ansible_collections.iommufd.host.plugins.module_utils import _network
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
+from ansible_collections.iommufd.host.plugins.module_utils._network import Network, ask_interfaces, other_namespaces
 from ansible_collections.iommufd.host.plugins.module_utils._openvswitch import parse_database
 from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses, survey_uses, uses
 from ansible_collections.iommufd.host.plugins.module_utils._zfs import parse_cache, parse_list
@@ -344,3 +346,18 @@ def test_the_interfaces_of_another_namespace() -> None:
             assert list(ask_interfaces(host, path)) == ["lo"]
         finally:
             process.kill()
+
+
+def test_the_way_of_this_connection_is_asked_with_its_own_address(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule sends what comes from the management address another way than the default route."""
+
+    class Live(Host):
+        def ask(self, argv: t.Sequence[str], timeout: float = 30.0, stdin: str = "") -> Output | None:
+            if argv[:4] != ["ip", "-j", "route", "get"]:
+                return None
+            return Output(0, json.dumps([{"dev": "mgmt0" if argv[5:] == ["from", "192.0.2.7"] else "ens3f0"}]), "")
+
+    monkeypatch.setattr(_network, "_ssh_connection", lambda host: "198.51.100.9 50000 192.0.2.7 22")
+    assert Network(Live(machine.host.root)).connection == ("mgmt0", "198.51.100.9")
