@@ -28,6 +28,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel_line import (
     key,
     remove_line,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import read_own
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, RemoveFile, Step, WriteFile, run
 
 DEFAULTS = "/etc/default/grub"
@@ -109,6 +110,8 @@ class Grub(BootLoader):
         if self.path == self.drop_in:
             if before is not None and OWN_MARK not in before:
                 raise HostError(f"{self.path} is not ours (it does not bear our mark). Move it away and run again.")
+            if ours:
+                read_own(self.host, self.path)  # refuses also what is no file
             content = own_header() + "".join(f"{line}\n" for line in self._lines(ours)) if ours else None
         else:
             content = with_own_lines(before or "", self._lines(ours))

@@ -330,3 +330,13 @@ def test_the_generated_entries_are_replaced_for_a_boot_loader(
         plan.apply()
     assert config.read_text() == ("old\n" if interrupted else "### BEGIN new\n")
     assert for_boot_loader == [True] * (2 if interrupted else 1)
+
+
+def test_a_masked_drop_in_is_refused_before_anything_is_done(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.kernel("CONFIG_INTEL_IOMMU=y\n")
+    (tmp_path / DROP_IN[1:]).parent.mkdir(parents=True)
+    (tmp_path / DROP_IN[1:]).symlink_to("/dev/null")
+    with pytest.raises(Refusal, match="is not a file that can be read"):
+        _boot.decide_present(host, [], True)
+    assert _boot.decide_absent(host, []).plan.summary() == []

@@ -13,7 +13,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _network
+from ansible_collections.iommufd.host.plugins.module_utils import _network, _storage, _usage
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
 from ansible_collections.iommufd.host.plugins.module_utils._network import Network, ask_interfaces, other_namespaces
 from ansible_collections.iommufd.host.plugins.module_utils._openvswitch import parse_database
@@ -361,3 +361,24 @@ def test_the_way_of_this_connection_is_asked_with_its_own_address(
 
     monkeypatch.setattr(_network, "_ssh_connection", lambda host: "198.51.100.9 50000 192.0.2.7 22")
     assert Network(Live(machine.host.root)).connection == ("mgmt0", "198.51.100.9")
+
+
+def test_the_root_of_a_container_is_not_the_hosts(disks: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = disks.number("nvme0n1"), disks.number("nvme1n1")
+    disks.mounts((own, "/", "ext4", "/dev/nvme0n1"))
+    disks.file("/proc/swaps", "Filename Type Size Used Priority\n/swap.img file 1 0 -2\n")
+    there = f"9 1 {other} / / rw - ext4 /dev/nvme1n1 rw\n8 1 {own} / /host rw - ext4 /dev/nvme0n1 rw\n"
+    for process, name, vital in (("7", "/ in another mount namespace", False), ("1", "/", True)):
+        monkeypatch.setattr(_storage, "_other_namespaces", lambda host, process=process: [(process, there)])
+        mounts = [use for use in uses(disks.host, OTHER) if use.kind == "mount"]
+        assert [(use.name, use.vital) for use in mounts] == [(name, vital)]
+        if not vital:
+            assert [(use.kind, use.name) for use in uses(disks.host, DISK)] == [("mount", "/"), ("swap", "/swap.img")]
+
+
+def test_an_interface_that_may_be_anywhere_counts_as_used(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.pci(NIC, driver="igb")
+    for count, kinds in ((_network.MOST_NAMESPACES - 1, []), (_network.MOST_NAMESPACES, ["namespace"])):
+        namespaces = {f"/proc/{number}/ns/net": "somebody" for number in range(count)}
+        monkeypatch.setattr(_usage, "other_namespaces", lambda host, namespaces=namespaces: namespaces)
+        assert [use.kind for use in uses(machine.host, NIC)] == kinds
