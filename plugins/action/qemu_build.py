@@ -20,7 +20,7 @@ from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from ansible_collections.iommufd.host.plugins.module_utils._qemu_source import sha256
+from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 
 Result = dict[str, t.Any]
 

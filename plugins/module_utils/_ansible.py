@@ -24,6 +24,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._outcome import Outco
 # The modules import it from here, beside what runs them.
 __all__ = ["Outcome", "Task", "Work", "normalize", "open_location", "run_module", "run_task"]
 
+# What ends a module; SIGINT is Ctrl-C at a controller that is the host itself.
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
 Work = t.Callable[[AnsibleModule], Outcome]
 Task = t.Callable[[t.Mapping[str, t.Any], bool], Outcome]
 
@@ -61,7 +64,7 @@ def run_module(module: AnsibleModule, work: Work, lock: bool = True) -> None:
         work: reads the host and plans; must not change anything itself.
         lock: take the host's lock while planning and applying (never in check mode).
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, _interrupted)
     try:
         if lock and not module.check_mode:
@@ -80,7 +83,15 @@ def run_task(module: AnsibleModule, task: Task, lock: bool = True) -> None:
 
 
 def _interrupted(number: int, frame: types.FrameType | None) -> t.NoReturn:
+    # Once only, for what follows is the way back. At the end of a session systemd sends SIGTERM and SIGHUP at once
+    # (SendSIGHUP= in systemd.kill(5)), and so does sudo. No SIG_IGN: the commands that take back would inherit it.
+    for one in _SIGNALS:
+        signal.signal(one, _noted)
     raise KeyboardInterrupt(f"signal {number}")
+
+
+def _noted(number: int, frame: types.FrameType | None) -> None:
+    """We are on our way out already."""
 
 
 def _carry_out(module: AnsibleModule, work: Work) -> dict[str, t.Any]:

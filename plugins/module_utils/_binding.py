@@ -471,11 +471,11 @@ def _decide_bound(situation: Situation, request: Request, moves: list[Move], war
 def _decide_unbound(host: Host, situation: Situation, request: Request, moves: list[Move]) -> None:
     refusals = Refusals()
     chosen = {move.address for move in moves}
+    claims = _Claims(host, situation)
     for move in moves:
         function = move.function
         if refuse_locked(refusals, move.function):
             continue
-        claims = _Claims(host, situation)
         on_vfio = function.driver is not None and is_vfio_driver(function.driver)
         override = function.driver_override
         # Somebody else's override to a driver of the host is not ours to clear.

@@ -126,7 +126,7 @@ class EntryFiles(BootLoader):
             before = self._texts[path]
             after = form.add(form.take_out(before, [one for one in self._ours_in(path) if one not in ours]), ours)
             if after != before:
-                edits.append(write(path, before, after))
+                edits.append(write(path, before, after, form is ENTRY))
         if self.name == "grub":
             before = read_exact(self.host, DEFAULTS) or ""
             lines = [f'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX {" ".join(ours)}"'] if ours else []

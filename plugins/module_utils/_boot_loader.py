@@ -28,6 +28,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel_line import (
     key,
     remove_line,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import read_own
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, RemoveFile, Step, WriteFile, run
 
 DEFAULTS = "/etc/default/grub"
@@ -109,6 +110,8 @@ class Grub(BootLoader):
         if self.path == self.drop_in:
             if before is not None and OWN_MARK not in before:
                 raise HostError(f"{self.path} is not ours (it does not bear our mark). Move it away and run again.")
+            if ours:
+                read_own(self.host, self.path)  # refuses also what is no file
             content = own_header() + "".join(f"{line}\n" for line in self._lines(ours)) if ours else None
         else:
             content = with_own_lines(before or "", self._lines(ours))
@@ -211,12 +214,13 @@ class _WriteEntries(Step):
         if "### BEGIN" not in text:
             raise HostError(f"{self.command}-mkconfig wrote no boot entries")
         run([f"{self.command}-script-check"], 60, stdin=text)
-        write_atomic(self.path, dataclasses.replace(previous, content=text.encode("utf-8", "surrogateescape")))
-        self._previous = previous  # only now is there something to take back
+        self._previous = previous
+        state = dataclasses.replace(previous, content=text.encode("utf-8", "surrogateescape"))
+        write_atomic(self.path, state, for_boot_loader=True)
 
     def undo(self) -> None:
-        if self._previous is not None:
-            write_atomic(self.path, self._previous)
+        if self._previous is not None and capture(self.path) != self._previous:
+            write_atomic(self.path, self._previous, for_boot_loader=True)
 
 
 # -- /etc/default/grub -----------------------------------------------------------------------------------------------
@@ -247,8 +251,10 @@ def read_exact(host: Host, path: str) -> str | None:
     return None if content is None else content.decode("utf-8", "surrogateescape")
 
 
-def write(path: str, before: str | None, content: str) -> WriteFile:
-    """Write a text that was read by :func:`read_exact` and changed."""
+def write(path: str, before: str | None, content: str, for_boot_loader: bool = False) -> WriteFile:
+    """Write a text that was read by :func:`read_exact` and changed; ``for_boot_loader`` as for :func:`write_atomic`."""
     data = content.encode("utf-8", "surrogateescape")
     shown = [text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for text in (before or "", content)]
-    return WriteFile(f"write {path}", path, shown[0], shown[1], path=path, content=data)
+    return WriteFile(
+        f"write {path}", path, shown[0], shown[1], path=path, content=data, for_boot_loader=for_boot_loader
+    )

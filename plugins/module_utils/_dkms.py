@@ -64,7 +64,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     require_apt,
     simulate_install,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._persistence import find_generator, find_images
+from ansible_collections.iommufd.host.plugins.module_utils._persistence import find_generator, find_images, make_anew
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, Step, WriteFile, run
 from ansible_collections.iommufd.host.plugins.module_utils._tarball import NotSeekable, SortedTarball
 
@@ -385,7 +385,7 @@ def _plan_initramfs(host: Host, plan: Plan, name: str) -> None:
     generator = find_generator(host)
     for image in find_images(host):
         if generator is not None and image.release == name:
-            again = functools.partial(run, generator.argv(image), 1800)
+            again = functools.partial(make_anew, host, generator, image)
             plan.add(Action(f"make {image.path} anew, which holds vfio", do=again))
 
 
@@ -734,7 +734,11 @@ def build(name: str) -> None:
 
 
 def _take_build_back(name: str, keys_were_there: bool) -> None:
-    remove_builds([name])
+    host = Host()
+    if any(_traces(host, other) for other in installed_releases(host) if other != name):
+        restore(name)  # the builds for other kernels stay: one of them may be the one that runs
+    else:
+        remove_builds([name])
     if not keys_were_there:
         for path in (_MOK_KEY, _MOK_CERTIFICATE):
             with contextlib.suppress(FileNotFoundError):
@@ -769,19 +773,33 @@ def remove_builds(releases: t.Iterable[str]) -> None:
 def restore(name: str) -> None:
     """Give a kernel its own modules back after DKMS was interrupted while it replaced them with ours.
 
-    DKMS moves a module that it replaces to ``original_module/RELEASE/ARCH`` and notes beside it where it was.
+    DKMS moves a module that it replaces to ``original_module/RELEASE/ARCH`` and then notes beside it where it was
+    (do_install in dkms). A power cut can leave the module without that note, or with an empty one; depmod's index,
+    which DKMS makes anew only at the end, still tells then.
+
+    Raises:
+        HostError: a module is set aside and nothing tells where it was; it is left there.
     """
+    index = ModuleIndex(Host(), name)
     directory = modules_directory(Host(), name)
     saved = f"{DKMS_TREE}/{NAME}/original_module/{name}"
     for path, _directories, files in os.walk(saved):
         for file in sorted(files):
-            if file.endswith(".origin"):
-                with open(f"{path}/{file}", encoding="utf-8") as note:
-                    origin = note.readline().strip()
-                module = f"{path}/{file[: -len('.origin')]}"
-                if os.path.exists(module) and "/updates/dkms/" not in origin:
-                    os.makedirs(os.path.dirname(origin), 0o755, exist_ok=True)
-                    shutil.move(module, origin)
+            module = f"{path}/{file}"
+            if ".ko" not in file or file.endswith(".origin"):
+                continue
+            origin = Host().read_line(f"{module}.origin")
+            place = index.files.get(file.partition(".ko")[0].replace("-", "_"), "")
+            if origin is None and place.startswith("kernel/"):
+                origin = f"{directory}/{place}"
+            if origin is None:
+                raise HostError(
+                    f"DKMS has set {module} aside and nothing tells where it was. Install the package of kernel {name} "
+                    f"again (apt-get install --reinstall linux-image-{name}), remove {module} and run again"
+                )
+            if "/updates/dkms/" not in origin:
+                os.makedirs(os.path.dirname(origin), 0o755, exist_ok=True)
+                shutil.move(module, origin)
     shutil.rmtree(saved, ignore_errors=True)
     updates = f"{directory}/updates/dkms"
     for file in Host().listdir(updates):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import hashlib
 import os
 import stat
 
@@ -40,7 +42,8 @@ def capture(path: str) -> FileState | None:
     """The file as it is now, or None where there is none.
 
     Raises:
-        OSError: it exists but cannot be read, or it is not a regular file (EISDIR and the like).
+        OSError: it exists but cannot be read, or it is not a regular file. A link to /dev/null is how an administrator
+            masks a file of systemd's (modules-load.d(5)): writing "it" would replace the node.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -48,11 +51,26 @@ def capture(path: str) -> FileState | None:
         return None
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", path)
         content = file.read()
     label = None
     with contextlib.suppress(OSError):
         label = os.getxattr(path, "security.selinux")
     return FileState(content, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, label)
+
+
+def sha256(path: str) -> str:
+    """The SHA-256 of a file, hexadecimal; read piece by piece, for it may be larger than the memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def temporary_path(target: str) -> str:

@@ -18,9 +18,10 @@ import platform
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 from ansible_collections.iommufd.host.plugins.module_utils._guest_machine import binaries
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._pci import read_function
+from ansible_collections.iommufd.host.plugins.module_utils._pci import read_functions
 
 Json = dict[str, t.Any]
 
@@ -87,14 +88,10 @@ def _find_qemu(host: Host, wanted: str | None) -> str | None:
 def _digest(host: Host, path: str | None) -> str | None:
     if path is None:
         return None
-    digest = hashlib.sha256()
     try:
-        with open(host.path(path), "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        return sha256(host.path(path))
     except OSError:
         return None
-    return digest.hexdigest()
 
 
 def _libraries(host: Host, path: str | None) -> list[list[t.Any]] | None:
@@ -120,22 +117,19 @@ def _module(host: Host, name: str) -> list[str | None] | None:
 
 def _devices(host: Host, addresses: t.Sequence[str]) -> list[Json]:
     found = []
-    for address in addresses:
-        function = read_function(host, address)
-        if function is not None:
-            shown = function.to_dict()
-            names = ("vendor_id", "device_id", "subsystem_vendor_id", "subsystem_device_id", "driver", "iommu_group")
-            members = host.listdir(f"/sys/kernel/iommu_groups/{function.iommu_group}/devices")
-            revision = host.read_line(f"/sys/bus/pci/devices/{address}/revision")
-            found.append(
-                {
-                    "address": address,
-                    **{name: shown.get(name) for name in names},
-                    "revision": revision,
-                    "cdev": function.vfio_device is not None,
-                    "group": {member: _driver(host, member) for member in members},
-                }
-            )
+    for function in read_functions(host, addresses):
+        shown = function.to_dict()
+        names = ("vendor_id", "device_id", "subsystem_vendor_id", "subsystem_device_id", "driver", "iommu_group")
+        members = host.listdir(f"/sys/kernel/iommu_groups/{function.iommu_group}/devices")
+        found.append(
+            {
+                "address": function.address,
+                **{name: shown.get(name) for name in names},
+                "revision": host.read_line(f"/sys/bus/pci/devices/{function.address}/revision"),
+                "cdev": function.vfio_device is not None,
+                "group": {member: _driver(host, member) for member in members},
+            }
+        )
     return found
 
 

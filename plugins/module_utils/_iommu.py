@@ -12,7 +12,7 @@ import re
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, address_key, is_address, read_function
+from ansible_collections.iommufd.host.plugins.module_utils._pci import Function, address_key, is_address, read_functions
 
 GROUPS = "/sys/kernel/iommu_groups"
 
@@ -165,7 +165,7 @@ def viable_with(group: Group, functions: t.Mapping[str, Function], moving: t.Col
 
 def read_members(host: Host, group: Group) -> dict[str, Function]:
     """The functions of one group by address."""
-    return by_address(filter(None, (read_function(host, address) for address in group.members)))
+    return by_address(read_functions(host, group.members))
 
 
 def by_address(functions: t.Iterable[Function]) -> dict[str, Function]:

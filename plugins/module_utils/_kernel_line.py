@@ -19,7 +19,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import Option
 from ansible_collections.iommufd.host.plugins.module_utils._kernel import arguments
 
 # What a boot loader's configuration, a shell file, and the kernel's parser take without quoting.
-_ARGUMENT = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(=[A-Za-z0-9_.,:/@+%=-]*)?$")
+_ARGUMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(=[A-Za-z0-9_.,:/@+%=-]*)?")
 
 
 def check_arguments(option: str, values: t.Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def check_arguments(option: str, values: t.Sequence[str]) -> None:
         OptionError: names the option with the index.
     """
     for number, value in enumerate(values):
-        if not _ARGUMENT.match(value):
+        if not _ARGUMENT.fullmatch(value):
             raise OptionError(
                 f"{option}[{number}]", value, "one kernel argument, such as intel_iommu=on, without spaces or quotes"
             )

@@ -27,9 +27,14 @@ def host_lock(timeout: float = 600.0, path: str = LOCK_PATH) -> t.Iterator[None]
         path: the lock file.
 
     Raises:
-        HostError: another run held it all the time; names the process.
+        HostError: another run held it all the time; names the process. Or this is not root.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except PermissionError as error:
+        raise HostError(
+            f"{path} cannot be opened: {error.strerror}. Changing a host takes root (become: true)."
+        ) from error
 
     def taken() -> bool:
         try:

@@ -22,6 +22,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MAR
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._kernel import ModuleIndex
 from ansible_collections.iommufd.host.plugins.module_utils._modules_stale import plan_stale
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import read_own
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, RemoveFile, Step, WriteFile, run
 
 PATH = "/etc/modules-load.d/iommufd-host.conf"
@@ -34,7 +35,7 @@ _DIRECTORIES = (
     "/usr/lib/modules-load.d",
 )
 
-_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 # Where a module is known to bring a device node with it.
 NODES = {"iommufd": "/dev/iommu"}
@@ -52,7 +53,7 @@ def check_names(option: str, names: t.Sequence[str]) -> None:
         OptionError: names the option with the index.
     """
     for number, name in enumerate(names):
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise OptionError(f"{option}[{number}]", name, "the name of a kernel module, such as vfio-pci")
 
 
@@ -210,6 +211,8 @@ def plan_present(host: Host, names: t.Sequence[str], pending: bool = False) -> P
     wanted = [name for name in names if states[name].state != "builtin"]
     before = _read_own(host)
     after = content(wanted) if wanted else None
+    if after is not None:
+        read_own(host, PATH)  # refuses also what is no file
     if after is None and before is not None:
         planned.plan.add(RemoveFile(f"remove {PATH}", PATH, before, "", path=PATH))
     elif after is not None and before != after:

@@ -38,10 +38,20 @@ def _files(host: Host) -> list[str]:
 
 
 def comment_out(text: str) -> str:
-    """A configuration without entries of the module, the lines that had them kept as comments."""
+    """A configuration without entries of the module, the lines that had them kept as comments.
+
+    A line that goes on in the next, or stands in a quoted string of several lines, stays: a comment has no place there.
+    """
     lines: list[str] = []
+    quoted = continued = False
     for line in text.splitlines(keepends=True):
-        if line.lstrip().startswith("#") or not _WORD.search(line) or line.rstrip().endswith("\\"):
+        if line.lstrip().startswith("#"):
+            lines.append(line)
+            continue
+        part = quoted or continued
+        quoted ^= line.count('"') % 2 == 1
+        continued = line.rstrip().endswith("\\")
+        if part or quoted or continued or not _WORD.search(line):
             lines.append(line)
             continue
         rest = _WORD.sub("", line)
@@ -90,7 +100,7 @@ def plan_stale(host: Host, present: bool) -> tuple[list[WriteFile], list[str]]:
         live = (line for line in after.splitlines() if not line.lstrip().startswith("#"))
         if present and any(_WORD.search(line) for line in live):
             warnings.append(
-                f"{path} names vfio_virqfd, which no installed kernel has, on a line that goes on in the next; take it "
-                "out by hand, or the next initramfs may fail to be built."
+                f"{path} names vfio_virqfd, which no installed kernel has, in one of several lines of one value; "
+                "take it out by hand, or the next initramfs may fail to be built."
             )
     return steps, warnings

@@ -23,6 +23,9 @@ NET = "/sys/class/net"
 # The interface that stands for the datapath of Open vSwitch in the kernel; each of its ports has it as master.
 DATAPATH = "ovs-system"
 
+# So many other namespaces are looked into: each takes a process, and a host of containers can have thousands.
+MOST_NAMESPACES = 64
+
 # include/uapi/linux/ipv6_route.h: entries of the local table, which every address brings along.
 _RTF_LOCAL = 0x80000000
 _RTF_ANYCAST = 0x00100000
@@ -214,7 +217,8 @@ class Network:
         peer, _port, own, _own_port = words
         if "%" in own:  # link-local: the zone is the interface
             return own.partition("%")[2], peer
-        answer = self.host.ask(["ip", "-j", "route", "get", peer.partition("%")[0]])
+        # With our own address: rules may send what comes from it another way than the rest (ip-rule(8)).
+        answer = self.host.ask(["ip", "-j", "route", "get", peer.partition("%")[0], "from", own])
         name = None
         if answer is not None and answer.ok:
             try:
@@ -250,12 +254,12 @@ def _addresses(name: str, row: t.Mapping[str, t.Any]) -> t.Iterator[tuple[str, _
             continue
 
 
-def other_namespaces(host: Host, most: int = 64) -> dict[str, str]:
+def other_namespaces(host: Host, most: int = MOST_NAMESPACES) -> dict[str, str]:
     """The other network namespaces of the live host: a path to each, and whose it is in words.
 
     Args:
         host: the host.
-        most: how many at most; a host of containers can have thousands.
+        most: how many at most; where there are so many, there may be more.
     """
     if not host.live:
         return {}

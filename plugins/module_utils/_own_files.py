@@ -15,7 +15,12 @@ from ansible_collections.iommufd.host.plugins.module_utils._plan import Command,
 OWN_DIRECTORY = "/etc/iommufd-host"
 
 
-def _ours(host: Host, path: str) -> bytes | None:
+def read_own(host: Host, path: str) -> bytes | None:
+    """The content of a file of ours; None where there is none.
+
+    Raises:
+        Refusal: what is at the path is not ours, or no file (a link to /dev/null masks one).
+    """
     content = host.read_bytes(path)
     if content is None and host.stat(path, follow=False) is not None:
         raise Refusal(f"{path} exists and is not a file that can be read; it is in the way of one of ours")
@@ -30,7 +35,7 @@ def write_own(host: Host, path: str, content: bytes, mode: int) -> list[Step]:
     Raises:
         Refusal: a file that is not ours is at the path.
     """
-    _ours(host, path)
+    read_own(host, path)
     return write_whole(host, path, content, mode)
 
 

@@ -278,25 +278,30 @@ class InstallPackages(Step):
         if self.refresh:
             refresh_lists()
         change = self.change if self.change is not None and not self.refresh else self._simulate(host)
-        if change.removed:
-            raise HostError(
-                f"installing {' '.join(self.names)} would remove {' '.join(change.removed)}; nothing was installed"
-            )
         self._record = read_record(host)
-        record = {name: set(purposes) for name, purposes in self._record.items()}
-        for name in change.new:
-            record.setdefault(name, set()).add(self.purpose)
-        # Before the installation: a run that is killed in the middle must still know what was not there.
-        self.added = list(change.new)
-        _write_record(record)
+        self._remember(change)
         try:
             self._install()
         except HostError:
             if self.refresh:
                 raise
-            # Lists that lag behind the archive name files that it no longer has.
+            # Lists that lag behind the archive name files that it no longer has. What is newer may need other packages.
             refresh_lists()
+            self.refresh = True
+            self._remember(self._simulate(host))
             self._install()
+
+    def _remember(self, change: Change) -> None:
+        """Before the installation: a run that is killed in the middle must still know what was not there."""
+        if change.removed:
+            raise HostError(
+                f"installing {' '.join(self.names)} would remove {' '.join(change.removed)}; nothing was installed"
+            )
+        self.added += [name for name in change.new if name not in self.added]
+        record = {name: set(purposes) for name, purposes in self._record.items()}
+        for name in self.added:
+            record.setdefault(name, set()).add(self.purpose)
+        _write_record(record)
 
     def _simulate(self, host: Host) -> Change:
         try:
@@ -342,13 +347,18 @@ class InstallPackages(Step):
 
 @dataclasses.dataclass
 class PurgePackages(Step):
-    """Purge packages that are ours, and forget them. Cannot be undone: the last step of a plan."""
+    """Purge packages that are ours, and forget them. Cannot be undone, and says so: the last step of a plan."""
 
     names: t.Sequence[str] = ()
     purpose: str = ""
 
+    def __post_init__(self) -> None:
+        self._there: list[str] = []
+
     def apply(self) -> None:
         host = Host()
+        packages = read_packages(host)
+        self._there = [name for name in map(_bare, self.names) if name in packages and packages[name].installed]
         if host.listdir("/var/lib/dpkg/updates"):
             run(["dpkg", "--configure", "-a", "--force-confdef", "--force-confold"], 1800)
         if self.names:
@@ -357,6 +367,11 @@ class PurgePackages(Step):
         for purposes in record.values():
             purposes.discard(self.purpose)
         _write_record({name: purposes for name, purposes in record.items() if purposes})
+
+    def undo(self) -> None:
+        gone = missing(read_packages(Host()), self._there)
+        if gone:
+            raise HostError(f"{', '.join(gone)} was purged; a run with state present installs it again")
 
 
 def refresh_lists() -> None:

@@ -248,6 +248,9 @@ def _find(host: Host) -> dict[str, str]:
 def read_function(host: Host, address: str) -> Function | None:
     """One function, or None where the host has no such address.
 
+    Waits as long as the kernel holds the function's lock: for one that this process itself has moved or is about to.
+    Any other is read by :func:`read_functions`.
+
     Args:
         host: the host.
         address: as :func:`parse_address` returns it.

@@ -435,6 +435,16 @@ def find_generator(host: Host) -> Generator | None:
     return None
 
 
+def make_anew(host: Host, generator: Generator, image: Image) -> None:
+    """Have an image made anew, and have the boot loader see it whole (:func:`checkpoint`).
+
+    Raises:
+        HostError: the tool failed.
+    """
+    run(generator.argv(image), _REBUILD_SECONDS, keep_locks=True)
+    checkpoint(host.path(posixpath.dirname(image.path)))
+
+
 def find_images(host: Host) -> list[Image]:
     """The images of installed kernels: initrd.img-RELEASE (Debian), initramfs-RELEASE.img (Fedora), initrd-RELEASE."""
     images = []
@@ -662,24 +672,25 @@ class PutInFront(Step):
         self._before: bytes | None = None
 
     def apply(self) -> None:
-        self._before = self._exchange(front(self.conf))
+        self._exchange(front(self.conf))
         _verify_image(self.host, self.path, self.conf)
 
     def undo(self) -> None:
         if self._before is not None:
             self._exchange(self._before)
 
-    def _exchange(self, new: bytes) -> bytes:
-        """Put other bytes in front; returns those that were there."""
+    def _exchange(self, new: bytes) -> None:
+        """Put other bytes in front; those that were there at first are kept for :meth:`undo`."""
         state = capture(self.host.path(self.path))
         if state is None:
             raise HostError(f"{self.path} is no longer there")
         length = front_length(state.content[:_FRONT_LIMIT])
         old = state.content[:length]
+        if self._before is None:  # before the change: a signal may come right behind it
+            self._before = old
         if old != new:
             content = new + state.content[length:]
             write_atomic(self.host.path(self.path), dataclasses.replace(state, content=content), for_boot_loader=True)
-        return old
 
 
 def _front_is_enough(host: Host, generator: Generator | None, image: Image) -> bool:
@@ -719,8 +730,7 @@ class Rebuild(Step):
     def apply(self) -> None:
         before = self.host.stat(self.image.path)
         try:
-            run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
-            checkpoint(self.host.path(posixpath.dirname(self.image.path)))
+            make_anew(self.host, self.generator, self.image)
         finally:
             after = self.host.stat(self.image.path)
             # Both tools put the finished image in place in one step: without that nothing needs taking back.
@@ -740,8 +750,7 @@ class Rebuild(Step):
             return
         for step in reversed(self.files):
             step.undo()
-        run(self.generator.argv(self.image), _REBUILD_SECONDS, keep_locks=True)
-        checkpoint(self.host.path(posixpath.dirname(self.image.path)))
+        make_anew(self.host, self.generator, self.image)
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------

@@ -60,35 +60,39 @@ class WriteFile(Step):
         content: what it shall hold.
         mode: mode of a file that is new; one that exists keeps its mode, owner and label unless ``enforce_mode``.
         enforce_mode: give an existing file ``mode`` too (for files that are wholly ours).
+        for_boot_loader: as for :func:`write_atomic`.
     """
 
     path: str = ""
     content: bytes = b""
     mode: int = 0o644
     enforce_mode: bool = False
+    for_boot_loader: bool = False
 
     def __post_init__(self) -> None:
         self._previous: FileState | None = None
         self._made: list[str] = []
-        self._written = False
+        self._begun = False
 
     def apply(self) -> None:
         self._previous = capture(self.path)
+        self._begun = True
         self._made = _make_parents(self.path)
         if self._previous is None:
             state = FileState(self.content, self.mode, os.geteuid(), os.getegid())
         else:
             mode = self.mode if self.enforce_mode else self._previous.mode
             state = dataclasses.replace(self._previous, content=self.content, mode=mode)
-        write_atomic(self.path, state)
-        self._written = True
+        write_atomic(self.path, state, self.for_boot_loader)
 
     def undo(self) -> None:
-        # Where the disk was full nothing was replaced, and there is no room for putting it back either.
-        if self._written and self._previous is None:
-            remove(self.path)
-        elif self._written and self._previous is not None:
-            write_atomic(self.path, self._previous)
+        # Looked at, not remembered: a signal may come right behind the replacement. And where the disk was full nothing
+        # was replaced, and there is no room for putting it back either.
+        if self._begun and capture(self.path) != self._previous:
+            if self._previous is None:
+                remove(self.path)
+            else:
+                write_atomic(self.path, self._previous, self.for_boot_loader)
         for directory in reversed(self._made):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
@@ -179,6 +183,7 @@ class Command(Step):
     def undo(self) -> None:
         if self.undo_argv is not None:
             run(self.undo_argv, self.timeout)
+            self.undo_argv = None  # a step that builds on this one may take it back before its turn
 
 
 @dataclasses.dataclass

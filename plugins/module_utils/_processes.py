@@ -72,7 +72,8 @@ def read_processes(host: Host) -> t.Iterator[Process]:
         for descriptor in host.listdir(f"/proc/{name}/fd"):
             link = f"/proc/{name}/fd/{descriptor}"
             target = host.readlink(link) or ""
-            if target.startswith(("/dev/", "/sys/")) and not target.startswith(("/dev/pts/", "/dev/shm/", *_DULL)):
+            dull = target in _DULL or target.startswith(("/dev/pts/", "/dev/shm/"))
+            if target.startswith(("/dev/", "/sys/")) and not dull:
                 opened.setdefault(target, link)
         yield Process(int(name), host.read_line(f"/proc/{name}/comm") or "unknown", opened)
 

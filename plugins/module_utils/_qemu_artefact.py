@@ -23,7 +23,7 @@ import tarfile
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
-from ansible_collections.iommufd.host.plugins.module_utils._qemu_source import sha256
+from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -35,6 +35,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_artefact, _qemu_profile, _qemu_source
 from ansible_collections.iommufd.host.plugins.module_utils._distribution import read_distribution
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._packages import missing, read_packages, simulate_build_dep
 from ansible_collections.iommufd.host.plugins.module_utils._plan import reason, wait_until
@@ -74,7 +75,7 @@ def decides(host: Host, request: Request, digest: str) -> Json:
     patches = []
     for path in request.patches:
         try:
-            patches.append(_qemu_source.sha256(path))
+            patches.append(sha256(path))
         except OSError as error:
             raise HostError(f"the patch {path} cannot be read: {error.strerror}") from error
     must, may = _qemu_profile.firmware(request)
@@ -85,7 +86,7 @@ def decides(host: Host, request: Request, digest: str) -> Json:
         "patches": patches,
         "request": request.decides(),
         "compiler": compiler(host),
-        "firmware": {name: _qemu_source.sha256(path) for name in (*must, *may) if (path := find_firmware(host, name))},
+        "firmware": {name: sha256(path) for name in (*must, *may) if (path := find_firmware(host, name))},
         "builder": {
             "system": platform.system(),
             "machine": os.uname().machine,

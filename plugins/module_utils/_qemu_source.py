@@ -26,6 +26,7 @@ import zlib
 
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import open_location
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._plan import run
 
@@ -223,19 +224,6 @@ def _local(path: str, source: Source) -> Fetched:
     if source.checksum and digest != source.checksum:
         raise HostError(f"{path} has the SHA-256 {digest}, and {source.checksum} was asked for. It was not used")
     return _read_dsc(path, digest) if path.endswith(".dsc") else Fetched(f"sha256:{digest}", (path,))
-
-
-def sha256(path: str) -> str:
-    """The SHA-256 of a file, hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(_CHUNK), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def tree_digest(path: str) -> str:

@@ -11,12 +11,13 @@ that are made anew) is left out.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 
 from ansible_collections.iommufd.host.plugins.module_utils import _records
+from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._pci import read_functions
 
 State = dict[str, dict[str, str]]
 
@@ -81,8 +82,7 @@ def _file(real: str, with_content: bool) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             return said
         if with_content:
-            with open(real, "rb") as file:
-                return f"{said} {hashlib.sha256(file.read()).hexdigest()[:20]}"
+            return f"{said} {sha256(real)[:20]}"
         # An initramfs is packed anew with other times; what it holds is compared by its list.
         return said if real.rpartition("/")[2].startswith(("initrd", "initramfs")) else f"{said} {status.st_size} bytes"
     except OSError:  # gone, or of a file system that does not answer
@@ -118,13 +118,10 @@ def _packages(host: Host) -> dict[str, str]:
 
 def _functions(host: Host) -> dict[str, str]:
     found = {}
-    for address in host.listdir("/sys/bus/pci/devices"):
-        path = f"/sys/bus/pci/devices/{address}"
-        override = host.read_line(f"{path}/driver_override")
-        driver = host.link_name(f"{path}/driver") or "none"
-        found[address] = f"driver {driver} override {'none' if override in (None, '(null)') else override}"
-        if host.exists(f"{path}/sriov_numvfs"):
-            found[address] += f" VFs {host.read_line(f'{path}/sriov_numvfs')}"
+    for function in read_functions(host):
+        found[function.address] = f"driver {function.driver or 'none'} override {function.driver_override or 'none'}"
+        if function.sriov is not None and function.sriov.physfn is None:
+            found[function.address] += f" VFs {function.sriov.num_vfs}"
     return found
 
 

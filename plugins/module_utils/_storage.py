@@ -378,9 +378,15 @@ def read_mounts(host: Host) -> list[Mount]:
         if not mounts:
             continue
         seen = {mount.number for mount in mounts}
-        for other in _other_namespaces(host):
-            # What is mounted here as well is named by the mount point that people know.
-            mounts.extend(mount for mount in parse_mountinfo(other) if mount.number not in seen)
+        for process, other in _other_namespaces(host):
+            # What is mounted here as well is named by the mount point that people know. A path over there is not the
+            # one of that name here: "/" is a container's root. The host's is what the first process has.
+            where = "" if process == "1" else " in another mount namespace"
+            mounts.extend(
+                dataclasses.replace(mount, point=mount.point + where)
+                for mount in parse_mountinfo(other)
+                if mount.number not in seen
+            )
         return mounts
     for path in ("/proc/self/mounts", "/proc/mounts", "/proc/1/mounts"):
         rows = [line.split() for line in (host.read_text(path) or "").splitlines()]
@@ -402,8 +408,8 @@ def parse_mountinfo(text: str) -> list[Mount]:
     return mounts
 
 
-def _other_namespaces(host: Host) -> t.Iterator[str]:
-    """mountinfo of one process of each other mount namespace."""
+def _other_namespaces(host: Host) -> t.Iterator[tuple[str, str]]:
+    """One process of each other mount namespace, and its mountinfo."""
     if not host.live:
         return
     seen = {host.readlink("/proc/self/ns/mnt")}
@@ -412,7 +418,7 @@ def _other_namespaces(host: Host) -> t.Iterator[str]:
             namespace = host.readlink(f"/proc/{process}/ns/mnt")
             if namespace is not None and namespace not in seen:
                 seen.add(namespace)
-                yield host.read_text(f"/proc/{process}/mountinfo") or ""
+                yield process, host.read_text(f"/proc/{process}/mountinfo") or ""
 
 
 def read_swaps(host: Host) -> list[str]:

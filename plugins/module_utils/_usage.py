@@ -19,6 +19,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._iommu import is_vfio
 from ansible_collections.iommufd.host.plugins.module_utils._layers import chains
 from ansible_collections.iommufd.host.plugins.module_utils._network import (
     DATAPATH,
+    MOST_NAMESPACES,
     Network,
     ask_interfaces,
     other_namespaces,
@@ -184,11 +185,16 @@ class _Search:
             and not is_vfio_driver(function.driver or "")
             and function.address not in seen
         }
-        for path, whose in other_namespaces(self.host).items() if hidden else ():
+        namespaces = other_namespaces(self.host) if hidden else {}
+        for path, whose in namespaces.items():
             for name, row in ask_interfaces(self.host, path).items():
                 if row.get("parentdev") in hidden:
                     words = f"{name} belongs to {whose}"
                     self._note([row["parentdev"]], Use("namespace", name, words))
+        if len(namespaces) >= MOST_NAMESPACES:
+            words = f"its interface is not here, and may be in one of more than {MOST_NAMESPACES} network namespaces"
+            for address in sorted(hidden.difference(self.found)):
+                self._note([address], Use("namespace", "unknown", words))
 
     # -- displays and serial lines ---------------------------------------------------------------------------------
 

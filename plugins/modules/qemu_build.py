@@ -290,6 +290,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import (
 )
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
+from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Command, Plan
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_sandbox import Limits
@@ -466,7 +467,7 @@ class _Work:
             "key": key,
             "running": False,
             "artefact": path,
-            "checksum": _qemu_source.sha256(path),
+            "checksum": sha256(path),
             "size": os.path.getsize(path),
             "version": manifest["version"],
             "summary": manifest["summary"],

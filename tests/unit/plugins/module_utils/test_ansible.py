@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import typing as t
@@ -17,7 +18,7 @@ from ansible.module_utils.testing import patch_module_args
 
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, Work, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import OptionError
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, WriteFile
 
 
 def outcome(work: Work, capsys: pytest.CaptureFixture[str], **arguments: t.Any) -> dict[str, t.Any]:
@@ -64,3 +65,22 @@ def test_a_module_starts_without_what_few_need() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_second_signal_does_not_end_the_way_back(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "f"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+
+    def work(module: AnsibleModule) -> Outcome:
+        # As systemd ends a session: both at once.
+        step = WriteFile("write it", path=str(path), content=b"x")
+        first = Action("be taken back", take_back=lambda: os.kill(os.getpid(), signal.SIGHUP))
+        return Outcome(Plan([step, first, Action("end", do=lambda: os.kill(os.getpid(), signal.SIGTERM))]))
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            outcome(work, capsys)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not path.exists()

@@ -10,10 +10,11 @@ import struct
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _boot
+from ansible_collections.iommufd.host.plugins.module_utils import _boot, _boot_loader
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
-from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
+from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, FileState, own_header, write_atomic
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
 
 DROP_IN = "/etc/default/grub.d/60-iommufd-host.cfg"
 CONFIG = "/boot/grub/grub.cfg"
@@ -303,3 +304,39 @@ class TestGrubWithoutDropIns:
         assert (again.args, again.loader and again.loader.owned()) == (["intel_iommu=on"], ["intel_iommu=on"])
         assert again.plan.summary() == ["write the boot entries (/boot/grub2/grub.cfg)"]
         assert _boot.decide_absent(host, []).plan.steps[0].after == before.decode()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_generated_entries_are_replaced_for_a_boot_loader(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    config = tmp_path / "grub.cfg"
+    config.write_text("old\n")
+    for_boot_loader = []
+
+    def write(path: str, state: FileState, boot: bool = False, **more: bool) -> None:
+        for_boot_loader.append(more.get("for_boot_loader", boot))
+        write_atomic(path, state)
+        if interrupted and len(for_boot_loader) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_boot_loader, "run", lambda argv, timeout=0.0, stdin="": "### BEGIN new\n")
+    monkeypatch.setattr(_boot_loader, "write_atomic", write)
+    plan = Plan([_boot_loader._WriteEntries("write the boot entries", path=str(config))])
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            plan.apply()
+    else:
+        plan.apply()
+    assert config.read_text() == ("old\n" if interrupted else "### BEGIN new\n")
+    assert for_boot_loader == [True] * (2 if interrupted else 1)
+
+
+def test_a_masked_drop_in_is_refused_before_anything_is_done(tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path)
+    host.kernel("CONFIG_INTEL_IOMMU=y\n")
+    (tmp_path / DROP_IN[1:]).parent.mkdir(parents=True)
+    (tmp_path / DROP_IN[1:]).symlink_to("/dev/null")
+    with pytest.raises(Refusal, match="is not a file that can be read"):
+        _boot.decide_present(host, [], True)
+    assert _boot.decide_absent(host, []).plan.summary() == []

@@ -244,3 +244,13 @@ def test_which_of_two_boot_loaders_started_the_host(tmp_path: pathlib.Path) -> N
     host.put(path)
     (tmp_path / path[1:]).write_bytes(b"\x06\0\0\0" + "systemd-boot 257.9\0".encode("utf-16-le"))
     assert _boot.find_boot_loader(host).name == "systemd-boot"
+
+
+@pytest.mark.parametrize("make", [fedora, systemd_boot])
+def test_entries_are_replaced_for_a_boot_loader(
+    tmp_path: pathlib.Path, make: t.Callable[[pathlib.Path], Machine]
+) -> None:
+    steps = [step for step in _boot.decide_present(make(tmp_path), [], True).plan.steps if isinstance(step, WriteFile)]
+    entries = [step.path for step in steps if "/loader/entries/" in step.path]
+    assert entries
+    assert [step.path for step in steps if step.for_boot_loader] == entries

@@ -12,7 +12,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _dkms
+from ansible_collections.iommufd.host.plugins.module_utils import _dkms, _kernel
 from ansible_collections.iommufd.host.plugins.module_utils._dkms_frame import FILES, MODULES, TREE, VERSION
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
@@ -493,3 +493,49 @@ class TestPrepare:
         done = self.run(tree, "7.2.13+deb14-amd64")
         assert done.returncode == 77
         assert "no sources of Linux 7.2" in done.stderr
+
+
+@pytest.fixture
+def kernels(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Debian:
+    """The host as the live one, as far as DKMS and the kernels' modules go."""
+    host = Debian(tmp_path)
+    monkeypatch.setattr(_kernel, "_MODULES", (str(tmp_path / "usr/lib/modules"),))
+    monkeypatch.setattr(_dkms, "DKMS_TREE", str(tmp_path / "var/lib/dkms"))
+    monkeypatch.setattr(_dkms, "run", lambda argv, timeout=0.0: "")
+    return host
+
+
+def test_a_build_that_failed_leaves_those_for_other_kernels(kernels: Debian) -> None:
+    kernels.built()
+    kernels.kernel(OLDER, headers=True)
+    kernels.put(f"/usr/lib/modules/{OLDER}/updates/dkms/vfio.ko.xz")
+    _dkms._take_build_back(OLDER, True)
+    assert not (kernels.base / f"usr/lib/modules/{OLDER}/updates").exists()
+    assert sorted(kernels.listdir(f"/usr/lib/modules/{RELEASE}/updates/dkms")) == sorted(
+        f"{one}.ko.xz" for one in MODULES
+    )
+    assert kernels.exists(f"/var/lib/dkms/iommufd/{VERSION}/{RELEASE}")
+    _dkms._take_build_back(RELEASE, True)
+    assert not (kernels.base / "var/lib/dkms/iommufd").exists()
+
+
+@pytest.mark.parametrize("note", [None, "", "whole"])
+def test_a_module_that_was_set_aside_without_a_note_goes_back(kernels: Debian, note: str | None) -> None:
+    kernels.kernel()
+    saved = f"/var/lib/dkms/iommufd/original_module/{RELEASE}/x86_64/vfio.ko.xz"
+    place = f"/usr/lib/modules/{RELEASE}/kernel/drivers/vfio/vfio.ko.xz"
+    kernels.put(saved, "the kernel's own")
+    if note is not None:
+        kernels.put(f"{saved}.origin", note and f"{kernels.base}{place}\n")
+    _dkms.restore(RELEASE)
+    assert kernels.read_text(place) == "the kernel's own"
+    assert not kernels.exists(saved)
+
+
+def test_a_module_of_which_nothing_tells_where_it_was_is_kept(kernels: Debian) -> None:
+    kernels.kernel(dep="updates/dkms/vfio.ko.xz:\n")
+    saved = f"/var/lib/dkms/iommufd/original_module/{RELEASE}/x86_64/vfio.ko.xz"
+    kernels.put(saved, "the kernel's own")
+    with pytest.raises(HostError, match=f"nothing tells where it was.*linux-image-{re.escape(RELEASE)}"):
+        _dkms.restore(RELEASE)
+    assert kernels.read_text(saved) == "the kernel's own"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 
@@ -86,3 +87,17 @@ def test_a_failure_leaves_no_second_name(tmp_path: pathlib.Path, monkeypatch: py
 def test_a_file_system_without_checkpoints_does_without(tmp_path: pathlib.Path) -> None:
     _files.checkpoint(str(tmp_path))
     _files.checkpoint(str(tmp_path / "gone"))
+
+
+def test_what_is_no_regular_file_is_not_taken_for_one(tmp_path: pathlib.Path) -> None:
+    """A link to /dev/null, with a pipe in place of the node."""
+    os.mkfifo(tmp_path / "node")
+    (tmp_path / "masked").symlink_to("node")
+    with pytest.raises(OSError, match="is not a regular file"):
+        capture(str(tmp_path / "masked"))
+
+
+def test_the_digest_of_a_file(tmp_path: pathlib.Path) -> None:
+    content = b"x" * (3 << 20) + b"y"
+    (tmp_path / "file").write_bytes(content)
+    assert _files.sha256(str(tmp_path / "file")) == hashlib.sha256(content).hexdigest()

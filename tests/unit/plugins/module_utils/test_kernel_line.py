@@ -13,7 +13,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._errors import Option
 from ansible_collections.iommufd.host.plugins.module_utils._kernel_line import COMMAND_LINE, ENTRY, ZIPL
 
 
-@pytest.mark.parametrize("value", ["a b", 'x="y"', "$(reboot)", "", "=on", "a;b"])
+@pytest.mark.parametrize("value", ["a b", 'x="y"', "$(reboot)", "", "=on", "a;b", "iommu=pt\n"])
 def test_arguments_that_would_not_arrive_are_refused(value: str) -> None:
     with pytest.raises(OptionError, match=r"args\[1\]"):
         _kernel_line.check_arguments("args", ["intel_iommu=on", value])

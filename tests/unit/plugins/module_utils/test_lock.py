@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -59,4 +60,14 @@ def test_what_goes_on_after_we_were_killed_keeps_the_lock_if_told_to(tmp_path: p
             pass
     stop.write_text("end\n")
     with host_lock(timeout=5, path=path):
+        pass
+
+
+def test_who_may_not_open_the_lock_is_told_why(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *_arguments: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    words = r"lock cannot be opened: Permission denied\. .*become"
+    with pytest.raises(HostError, match=words), host_lock(path=str(tmp_path / "lock")):
         pass

@@ -123,7 +123,16 @@ def test_a_foreign_file_at_our_path_is_left_alone(tmp_path: pathlib.Path) -> Non
             plan()
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../x", "-r", "a;b"])
+@pytest.mark.parametrize("name", ["", "a b", "../x", "-r", "a;b", "vfio-pci\n"])
 def test_bad_names(name: str) -> None:
     with pytest.raises(OptionError, match=r"names\[1\]"):
         _modules_load.check_names("names", ["iommufd", name])
+
+
+def test_a_masked_file_is_refused_before_anything_is_done(tmp_path: pathlib.Path) -> None:
+    host = Machine(tmp_path)
+    (tmp_path / PATH[1:]).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / PATH[1:]).symlink_to("/dev/null")
+    with pytest.raises(HostError, match="is not a file that can be read"):
+        _modules_load.plan_present(host, NAMES)
+    assert _modules_load.plan_absent(host).plan.summary() == []

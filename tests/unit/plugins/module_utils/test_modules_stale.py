@@ -26,6 +26,9 @@ SAYS = "# iommufd.host: no kernel here has vfio_virqfd: "
         ("MODULES=(vfio_pci vfio_virqfd)", f"{SAYS}MODULES=(vfio_pci vfio_virqfd)\nMODULES=(vfio_pci)"),
         ("# vfio_virqfd\nmy_vfio_virqfd\nvfio_virqfd2\n", "# vfio_virqfd\nmy_vfio_virqfd\nvfio_virqfd2\n"),
         ("MODULES=(vfio_virqfd \\\n a)\n", "MODULES=(vfio_virqfd \\\n a)\n"),
+        ('drivers+=" vfio \\\n vfio_virqfd "\n', 'drivers+=" vfio \\\n vfio_virqfd "\n'),
+        ('drivers+=" vfio\nvfio_virqfd\na "\n', 'drivers+=" vfio\nvfio_virqfd\na "\n'),
+        ('a=" b\nc "\n# "\nvfio_virqfd\n', f'a=" b\nc "\n# "\n{SAYS}vfio_virqfd\n'),
     ],
 )
 def test_out_and_back(before: str, after: str) -> None:
@@ -36,7 +39,7 @@ def test_out_and_back(before: str, after: str) -> None:
 
 
 def test_every_byte_comes_back() -> None:
-    pieces = ["vfio_virqfd", "\n", " a", "#", "vfio-virqfd b", "\t\n", "\\\n", "\r\n"]
+    pieces = ["vfio_virqfd", "\n", " a", "#", "vfio-virqfd b", "\t\n", "\\\n", "\r\n", '"']
     for parts in itertools.product(pieces, repeat=4):
         assert restore(comment_out("".join(parts))) == "".join(parts)
 

@@ -9,10 +9,12 @@ import typing as t
 
 import pytest
 
+from ansible_collections.iommufd.host.plugins.module_utils import _packages
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
 from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     RECORD,
+    Change,
     UnknownPackages,
     format_record,
     have_lists,
@@ -25,6 +27,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     simulate_build_dep,
     simulate_install,
 )
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
 
 
 def stanza(name: str, status: str = "install ok installed", depends: str = "", provides: str = "") -> str:
@@ -210,3 +213,49 @@ def test_lists(tmp_path: pathlib.Path) -> None:
     assert not have_lists(host)
     host.put("/var/lib/apt/lists/mirror.example_debian_dists_trixie_main_binary-amd64_Packages", "")
     assert have_lists(host)
+
+
+@pytest.fixture
+def apt(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[list[str]]:
+    """The commands that a step runs; the first installation fails, as with lists that lag behind the archive."""
+    commands: list[list[str]] = []
+
+    def run(argv: t.Sequence[str], timeout: float) -> str:
+        commands.append([word for word in argv if not word.startswith(("-", "D"))])
+        if commands == [["apt-get", "install", "headers"]]:
+            raise HostError("404 Not Found")
+        return ""
+
+    monkeypatch.setattr(_packages, "Host", lambda: Host(str(tmp_path)))
+    monkeypatch.setattr(_packages, "RECORD", str(tmp_path / "record/packages"))
+    monkeypatch.setattr(_packages, "run", run)
+    return commands
+
+
+def test_what_newer_lists_bring_is_remembered_too(
+    apt: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    changes = [Change(["headers", "headers-2"], [], [])]
+    monkeypatch.setattr(_packages, "simulate_install", lambda host, names: changes.pop())
+    step = _packages.InstallPackages(
+        "install", names=["headers"], purpose="p", change=Change(["headers", "headers-1"], [], [])
+    )
+    step.apply()
+    assert apt == [["apt-get", "install", "headers"], ["apt-get", "update"], ["apt-get", "install", "headers"]]
+    assert step.added == ["headers", "headers-1", "headers-2"]
+    assert (tmp_path / "record/packages").read_text().splitlines()[2:] == ["headers p", "headers-1 p", "headers-2 p"]
+
+
+def test_a_purge_that_failed_half_way_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    host = Debian(tmp_path, stanza("a"), stanza("b"))
+
+    def run(argv: t.Sequence[str], timeout: float) -> str:
+        host.put("/var/lib/dpkg/status", stanza("b"))
+        raise HostError("b cannot be removed")
+
+    monkeypatch.setattr(_packages, "Host", lambda: host)
+    monkeypatch.setattr(_packages, "run", run)
+    with pytest.raises(
+        HostError, match=r"b cannot be removed\. Not everything could be taken back: purge: a was purged"
+    ):
+        Plan([_packages.PurgePackages("purge", names=["a", "b"], purpose="p")]).apply()

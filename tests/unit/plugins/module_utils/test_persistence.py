@@ -17,7 +17,12 @@ import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _persistence as persistence
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
-from ansible_collections.iommufd.host.plugins.module_utils._files import former_path, temporary_path
+from ansible_collections.iommufd.host.plugins.module_utils._files import (
+    FileState,
+    former_path,
+    temporary_path,
+    write_atomic,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._names import Disk, Names
 from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     CONF,
@@ -40,7 +45,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._persistence import (
     render,
     script_content,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Command, RemoveFile, Step, WriteFile
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Command, Plan, RemoveFile, Step, WriteFile
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
 
 RELEASE = "6.12.0"
@@ -524,3 +529,19 @@ def test_shellcheck(tmp_path: pathlib.Path) -> None:
         path.write_bytes(content)
         # SC2034: names for fields of a line that are not needed.
         subprocess.run(["shellcheck", "-s", "sh", "-e", "SC2034", str(path)], check=True)
+
+
+def test_a_signal_right_behind_the_change_of_an_image_is_taken_back(
+    server: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = server.at(IMAGE).read_bytes()
+
+    def interrupted(target: str, state: FileState, for_boot_loader: bool = False) -> None:
+        monkeypatch.undo()
+        write_atomic(target, state, for_boot_loader)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(persistence, "write_atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Plan([PutInFront("put", path=IMAGE, conf=render([ENTRY]), host=server.host)]).apply()
+    assert server.at(IMAGE).read_bytes() == before

@@ -7,12 +7,14 @@ from __future__ import annotations
 import errno
 import os
 import pathlib
+import stat
 import typing as t
 
 import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _plan
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
+from ansible_collections.iommufd.host.plugins.module_utils._files import FileState, write_atomic
 from ansible_collections.iommufd.host.plugins.module_utils._plan import (
     Action,
     Command,
@@ -175,10 +177,46 @@ def test_a_file_that_could_not_be_written_is_not_put_back(
     path = tmp_path / "file"
     path.write_text("old")
 
-    def full(target: str, state: object) -> None:
+    def full(target: str, state: object, for_boot_loader: bool) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", target)
 
     monkeypatch.setattr(_plan, "write_atomic", full)
     with pytest.raises(HostError, match=r"No space left on device\. Everything was put back as it was"):
         _plan.Plan([_plan.WriteFile("write", path=str(path), content=b"new")]).apply()
     assert path.read_text() == "old"
+
+
+def test_a_node_behind_a_link_stays(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "node")
+    (tmp_path / "masked").symlink_to("node")
+    with pytest.raises(HostError, match=r"masked: is not a regular file\. Everything was put back"):
+        Plan([WriteFile("write", path=str(tmp_path / "masked"), content=b"new")]).apply()
+    assert stat.S_ISFIFO(os.stat(tmp_path / "node").st_mode)
+
+
+@pytest.mark.parametrize("old", ["old", None])
+def test_a_signal_right_behind_the_replacement_is_taken_back(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, old: str | None
+) -> None:
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_text(old)
+    before = content(tmp_path)
+
+    def interrupted(target: str, state: FileState, for_boot_loader: bool = False) -> None:
+        monkeypatch.undo()
+        write_atomic(target, state, for_boot_loader)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_plan, "write_atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Plan([WriteFile("write", path=str(path), content=b"new")]).apply()
+    assert content(tmp_path) == before
+
+
+def test_a_command_is_taken_back_once(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "thing").touch()
+    step = Command("make", argv=["true"], undo_argv=["rm", str(tmp_path / "thing")])
+    step.apply()
+    step.undo()
+    step.undo()

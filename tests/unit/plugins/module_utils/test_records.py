@@ -12,6 +12,8 @@ import typing as t
 import pytest
 
 from ansible_collections.iommufd.host.plugins.module_utils import _fingerprint, _records, _snapshot
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._pci import LOCKED_ATTRIBUTES, Function
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan
 from ansible_collections.iommufd.host.plugins.modules import host_plan
 from ansible_collections.iommufd.host.tests.unit.machine import Machine
@@ -155,3 +157,21 @@ def test_a_snapshot_sees_files_drivers_overrides_nodes_and_the_kernel(provisione
         "kernel module iommufd",
     ]
     assert seen[2].endswith("override none => driver vfio-pci override vfio-pci")
+
+
+def test_a_function_whose_lock_is_held_is_not_waited_for(provisioned: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads such an attribute himself hangs; :func:`_pci.read_functions` finds out first."""
+    read_line = Host.read_line
+
+    def guarded(host: Host, path: str) -> str | None:
+        assert not path.endswith(LOCKED_ATTRIBUTES)
+        return read_line(host, path)
+
+    def read_functions(host: Host, only: t.Sequence[str] = ()) -> list[Function]:
+        return [Function(DEVICE, driver="nvme", locked=True)]
+
+    monkeypatch.setattr(Host, "read_line", guarded)
+    for module in (_fingerprint, _snapshot):
+        monkeypatch.setattr(module, "read_functions", read_functions)
+    assert _snapshot.take(provisioned.host)["PCI function"] == {DEVICE: "driver nvme override none"}
+    assert _fingerprint.read_parts(provisioned.host, WANTED, [DEVICE])["devices"][0]["driver"] == "nvme"

@@ -324,11 +324,16 @@ def test_a_process_with_a_device_open(machine: Machine) -> None:
     machine.pci("0000:02:00.0", "10de:2204", "030200", driver="nvidia")
     machine.file("/proc/driver/nvidia/gpus/0000:02:00.0/information", "Model: A2\nDevice Minor: \t 1\n")
     machine.process(5, "dpdk-testpmd", ["dpdk-testpmd"], [f"{path}/resource0"])
-    machine.process(6, "python3", ["python3"], ["/dev/nvidia1", "/dev/nvidiactl"])
+    machine.process(6, "python3", ["python3"], ["/dev/nvidia1", "/dev/nvidiactl", "/dev/tty"])
+    serial = machine.pci("0000:03:00.0", "1c00:3253", "070002", driver="serial")
+    machine.link("/sys/class/tty/ttyS4", f"{serial}/tty/ttyS4")
+    machine.file(f"{serial}/tty/ttyS4/dev", "4:68\n")
+    machine.process(7, "upsd", ["upsd"], ["/dev/ttyS4"])
     assert reasons(machine, "0000:01:00.0") == [
         ("open", "dpdk-testpmd", f"the process dpdk-testpmd (5) has {path}/resource0 open")
     ]
     assert [use[:2] for use in reasons(machine, "0000:02:00.0")] == [("open", "python3")]
+    assert [use[:2] for use in reasons(machine, "0000:03:00.0")] == [("open", "upsd")]
 
 
 def test_a_physical_function_is_used_through_its_virtual_ones(machine: Machine) -> None:

@@ -9,11 +9,13 @@ import os
 import struct
 import subprocess
 import time
+import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._network import ask_interfaces, other_namespaces
+from ansible_collections.iommufd.host.plugins.module_utils import _network, _storage, _usage
+from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
+from ansible_collections.iommufd.host.plugins.module_utils._network import Network, ask_interfaces, other_namespaces
 from ansible_collections.iommufd.host.plugins.module_utils._openvswitch import parse_database
 from ansible_collections.iommufd.host.plugins.module_utils._usage import all_uses, survey_uses, uses
 from ansible_collections.iommufd.host.plugins.module_utils._zfs import parse_cache, parse_list
@@ -344,3 +346,39 @@ def test_the_interfaces_of_another_namespace() -> None:
             assert list(ask_interfaces(host, path)) == ["lo"]
         finally:
             process.kill()
+
+
+def test_the_way_of_this_connection_is_asked_with_its_own_address(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule sends what comes from the management address another way than the default route."""
+
+    class Live(Host):
+        def ask(self, argv: t.Sequence[str], timeout: float = 30.0, stdin: str = "") -> Output | None:
+            if argv[:4] != ["ip", "-j", "route", "get"]:
+                return None
+            return Output(0, json.dumps([{"dev": "mgmt0" if argv[5:] == ["from", "192.0.2.7"] else "ens3f0"}]), "")
+
+    monkeypatch.setattr(_network, "_ssh_connection", lambda host: "198.51.100.9 50000 192.0.2.7 22")
+    assert Network(Live(machine.host.root)).connection == ("mgmt0", "198.51.100.9")
+
+
+def test_the_root_of_a_container_is_not_the_hosts(disks: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = disks.number("nvme0n1"), disks.number("nvme1n1")
+    disks.mounts((own, "/", "ext4", "/dev/nvme0n1"))
+    disks.file("/proc/swaps", "Filename Type Size Used Priority\n/swap.img file 1 0 -2\n")
+    there = f"9 1 {other} / / rw - ext4 /dev/nvme1n1 rw\n8 1 {own} / /host rw - ext4 /dev/nvme0n1 rw\n"
+    for process, name, vital in (("7", "/ in another mount namespace", False), ("1", "/", True)):
+        monkeypatch.setattr(_storage, "_other_namespaces", lambda host, process=process: [(process, there)])
+        mounts = [use for use in uses(disks.host, OTHER) if use.kind == "mount"]
+        assert [(use.name, use.vital) for use in mounts] == [(name, vital)]
+        if not vital:
+            assert [(use.kind, use.name) for use in uses(disks.host, DISK)] == [("mount", "/"), ("swap", "/swap.img")]
+
+
+def test_an_interface_that_may_be_anywhere_counts_as_used(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.pci(NIC, driver="igb")
+    for count, kinds in ((_network.MOST_NAMESPACES - 1, []), (_network.MOST_NAMESPACES, ["namespace"])):
+        namespaces = {f"/proc/{number}/ns/net": "somebody" for number in range(count)}
+        monkeypatch.setattr(_usage, "other_namespaces", lambda host, namespaces=namespaces: namespaces)
+        assert [use.kind for use in uses(machine.host, NIC)] == kinds
