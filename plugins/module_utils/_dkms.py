@@ -38,7 +38,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._dkms_frame import (
     VERSION,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
-from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK
+from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     Config,
@@ -49,7 +49,12 @@ from ansible_collections.iommufd.host.plugins.module_utils._kernel import (
     release,
     version_key,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._own_files import write_whole
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import (
+    OWN_DIRECTORY,
+    remove_own,
+    write_own,
+    write_whole,
+)
 from ansible_collections.iommufd.host.plugins.module_utils._packages import (
     Change,
     InstallPackages,
@@ -80,6 +85,8 @@ _SERIES = re.compile(r"^(\d+)\.(\d+)")
 _SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 _MOK_CERTIFICATE = f"{DKMS_TREE}/mok.pub"
 _MOK_KEY = f"{DKMS_TREE}/mok.key"
+# There where DKMS had no key before our first build, which made one.
+_KEY_NOTE = f"{OWN_DIRECTORY}/dkms-key"
 
 
 # -- what is there ---------------------------------------------------------------------------------------------------
@@ -331,6 +338,10 @@ def plan_present(host: Host, wanted: Wanted) -> Planned:
         _plan_dkms_removal(host, planned.plan, stale, [kernel.release for kernel in kernels])
     _plan_tree(host, wanted, planned, targets)
     keys_were_there = host.exists(_MOK_KEY)
+    if not keys_were_there and any(kernel.state != "dkms" or renew for kernel in targets):
+        text = own_header() + "# DKMS had no signing key on this host before; it goes with the modules.\n"
+        for step in write_own(host, _KEY_NOTE, text.encode(), 0o644):
+            planned.plan.add(step)
     for kernel in targets:
         if kernel.state != "dkms" or renew:
             planned.plan.add(
@@ -367,6 +378,7 @@ def plan_absent(host: Host, kernels: list[Kernel] | None = None) -> Planned:
         for release_ in touched:
             _plan_initramfs(host, planned.plan, release_)
     removal = plan_removal(host, PURPOSE, _named_packages(host, kernels))
+    _plan_key(host, planned.plan, "dkms" in removal.purge)
     if removal.forget:
         _plan_purge(host, planned, removal)
     return planned
@@ -522,14 +534,20 @@ def _explain_unknown(targets: t.Sequence[Kernel], error: UnknownPackages) -> Hos
     return error
 
 
-def _plan_purge(host: Host, planned: Planned, removal: Removal) -> None:
-    if "dkms" in removal.purge and not _others_in_dkms(host):
-        # The signing key was made by the first build, so it goes with DKMS, unless the firmware trusts it by now.
+def _plan_key(host: Host, plan: Plan, with_dkms: bool) -> None:
+    """Remove the signing key that our first build made, unless others need it by now, or the firmware trusts it."""
+    note = remove_own(host, _KEY_NOTE)
+    if (note or with_dkms) and not _others_in_dkms(host):
         secure_boot = read_secure_boot(host)
         if secure_boot.enabled is None or secure_boot.enrolled is False:
             for path in (_MOK_KEY, _MOK_CERTIFICATE):
                 if host.exists(path):
-                    planned.plan.add(RemoveFile(f"remove {path}, made by DKMS", path, "a key\n", "", path=path))
+                    plan.add(RemoveFile(f"remove {path}, made by DKMS", path, "a key\n", "", path=path))
+    for step in note:
+        plan.add(step)
+
+
+def _plan_purge(host: Host, planned: Planned, removal: Removal) -> None:
     planned.purges = removal.purge
     planned.kept = removal.keep
     planned.plan.add(

@@ -16,6 +16,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import _dkms, _kernel
 from ansible_collections.iommufd.host.plugins.module_utils._dkms_frame import FILES, MODULES, TREE, VERSION
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Output
+from ansible_collections.iommufd.host.plugins.module_utils._plan import WriteFile
 
 RELEASE = "6.12.117+deb13-amd64"
 OLDER = "6.12.9+deb13-amd64"
@@ -113,8 +114,9 @@ def test_a_fresh_stock_kernel(host: Debian) -> None:
     assert summary[0] == (
         f"install the packages dkms linux-source-6.12 linux-headers-{RELEASE} linux-headers-amd64 linux-source"
     )
-    assert summary[-2:] == [
+    assert summary[-3:] == [
         "take iommufd and vfio of Linux 6.12 out of /usr/src/linux-source-6.12.tar.xz",
+        f"write {_dkms._KEY_NOTE}",
         f"build and install iommufd and vfio for kernel {RELEASE} with DKMS",
     ]
     assert {step.subject for step in planned.plan.steps} >= {f"{TREE}/{name}" for name in FILES}
@@ -208,6 +210,7 @@ def test_a_run_killed_before_the_build_only_builds(host: Debian) -> None:
     for path in (host.base / "usr/lib/modules" / RELEASE / "updates/dkms").iterdir():
         path.unlink()
     (host.base / f"var/lib/dkms/iommufd/kernel-{RELEASE}-x86_64").unlink()
+    host.put("/var/lib/dkms/mok.key")
     planned = present(host)
     assert planned.kernels[0].state == "partial"
     # The tarball is not the one that the sources were taken from, so they are taken anew for the build.
@@ -383,6 +386,35 @@ def test_absent_takes_everything_away(host: Debian) -> None:
         "remove /var/lib/dkms/mok.pub, made by DKMS",
         "purge the packages dkms linux-source-6.12",
     ]
+
+
+def test_a_key_that_the_first_build_made_goes_with_the_modules_where_dkms_stays(host: Debian) -> None:
+    host.kernel(headers=True)
+    host.packages("dkms")
+    note = f"write {_dkms._KEY_NOTE}"
+    steps = present(host).plan.summary()
+    assert steps.index(note) < next(index for index, line in enumerate(steps) if "with DKMS" in line)
+    step = next(one for one in present(host).plan.steps if one.summary == note)
+    assert isinstance(step, WriteFile)
+    host.complete()
+    host.put(_dkms._KEY_NOTE, step.content.decode())
+    host.put("/var/lib/dkms/mok.key")
+    host.put("/var/lib/dkms/mok.pub")
+    assert note not in present(host).plan.summary()
+    assert _dkms.plan_absent(host).plan.summary()[2:] == [
+        "remove /var/lib/dkms/mok.key, made by DKMS",
+        "remove /var/lib/dkms/mok.pub, made by DKMS",
+        f"remove {_dkms._KEY_NOTE}",
+    ]
+
+
+def test_a_key_that_was_there_before_stays(host: Debian) -> None:
+    host.kernel(headers=True)
+    host.packages("dkms")
+    host.put("/var/lib/dkms/mok.key")
+    assert not any(_dkms._KEY_NOTE in line for line in present(host).plan.summary())
+    host.complete()
+    assert not any("mok" in line for line in _dkms.plan_absent(host).plan.summary())
 
 
 def test_absent_leaves_the_key_to_other_dkms_packages(host: Debian) -> None:
