@@ -341,7 +341,8 @@ def _remove_all(directory: str) -> None:
     for name in ("current", "previous", ".current.new", ".previous.new"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{directory}/{name}")
-    shutil.rmtree(f"{directory}/versions", ignore_errors=False)
+    if os.path.lexists(f"{directory}/versions"):  # else somebody removed the builds by hand
+        shutil.rmtree(f"{directory}/versions")
     for path in (directory, os.path.dirname(directory)):
         with contextlib.suppress(OSError):  # others of our files may lie there
             os.rmdir(path)

@@ -70,7 +70,7 @@ options:
 requirements:
   - QEMU 9.0 or later with iommufd (C(qemu-system-x86) on Debian and Ubuntu)
   - busybox (C(busybox-static) on Debian and Ubuntu)
-  - an x86-64 host
+  - an x86-64 or aarch64 host
 seealso:
   - module: iommufd.host.vfio_bind
   - module: iommufd.host.iommufd_info

@@ -127,6 +127,13 @@ def test_absent_leaves_nothing(tmp_path: pathlib.Path, directory: str) -> None:
     assert not install.plan_absent(Host(), install.read_installed(Host(), directory)).changed
 
 
+def test_absent_where_the_builds_were_removed_by_hand(tmp_path: pathlib.Path, directory: str) -> None:
+    put(tmp_path, directory, A)
+    shutil.rmtree(f"{directory}/versions")
+    install.plan_absent(Host(), install.read_installed(Host(), directory)).apply()
+    assert not os.path.exists(tmp_path / "opt")
+
+
 def test_a_changed_file_is_put_right(tmp_path: pathlib.Path, directory: str) -> None:
     put(tmp_path, directory, A)
     pathlib.Path(f"{directory}/versions/{A}/bin/qemu-system-x86_64").write_text("changed")

@@ -348,7 +348,10 @@ def test_another_number_removes_all_first(machine: Machine, host: Answering) -> 
 @pytest.mark.parametrize("present", [True, False])
 def test_none(machine: Machine, host: Answering, present: bool) -> None:
     with_vfs(machine, host, 2)
-    plan = decided(host, pf(0 if present else None), present=present).plan
+    machine.attributes(machine.paths[PF], sriov_drivers_autoprobe=0)
+    decision = decided(host, pf(0 if present else None), present=present)
+    plan = decision.plan
+    assert describe_planned(decision)[0]["autoprobe"], "check mode says so, too"
     assert [type(step) for step in plan.steps] == [RemoveVfs, WriteAttribute]
     assert plan.summary()[1] == f"turn autoprobe of {PF} on", "as the kernel has it"
 
