@@ -158,6 +158,7 @@ def plan_present(host: Host, installed: Installed, wanted: Wanted) -> Plan:
                 f"QEMU {key}\n",
                 "",
                 do=functools.partial(shutil.rmtree, installed.place(key)),
+                take_back=_stays_removed,
             )
         )
     return plan
@@ -200,6 +201,7 @@ def plan_absent(host: Host, installed: Installed) -> Plan:
                 "".join(f"{key}\n" for key in installed.keys),
                 "",
                 do=functools.partial(_remove_all, installed.directory),
+                take_back=_stays_removed,
             )
         )
     return plan
@@ -335,6 +337,10 @@ def _link(installed: Installed, name: str, key: str) -> None:
         os.unlink(temporary)
     os.symlink(f"versions/{key}", temporary)
     os.replace(temporary, f"{installed.directory}/{name}")
+
+
+def _stays_removed() -> t.NoReturn:
+    raise HostError("what was removed of it stays removed")
 
 
 def _remove_all(directory: str) -> None:

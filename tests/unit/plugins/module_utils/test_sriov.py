@@ -706,6 +706,15 @@ def test_the_script_needs_a_driver_of_the_host(machine: Machine, script: Script)
     assert "no driver that makes virtual functions" in script.run("add", PF)[0]
 
 
+def test_the_script_tells_that_a_device_offers_none_any_more(machine: Machine, script: Script) -> None:
+    machine.at(f"{machine.paths[PF]}/sriov_numvfs").unlink()
+    log, called = script.run("boot")
+    assert (log, called) == (
+        f"<3>iommufd-host: {PF}: offers no virtual functions (off in its firmware, or in the BIOS)\n",
+        "",
+    )
+
+
 def test_the_kernel_argument_turns_the_script_off(machine: Machine, script: Script) -> None:
     machine.file("/proc/cmdline", "quiet iommufd_host=off\n")
     log, called = script.run("boot")
