@@ -346,8 +346,8 @@ def _parse_params(option: str, params: t.Mapping[str, t.Any]) -> dict[str, Param
 def interface_of(host: Host, address: str) -> str | None:
     """The PF's own network interface; None where it has none.
 
-    In switchdev mode the representors of its VFs are beside it; they say so (phys_port_name "pf0vf3", "pf0sf88", with the
-    number of a controller before it "c1pf0vf3": __devlink_port_phys_port_name_get in net/devlink).
+    In switchdev mode the representors of its VFs are beside it; they say so (phys_port_name "pf0vf3", "pf0sf88", with
+    the number of a controller before it "c1pf0vf3": __devlink_port_phys_port_name_get in net/devlink).
     """
     directory = f"/sys/bus/pci/devices/{address}/net"
     for name in host.listdir(directory):
