@@ -258,6 +258,9 @@ def start(job: Job) -> bool:
 
     Returns:
         Whether it was started here.
+
+    Raises:
+        HostError: processes of an earlier build of the same key do not end.
     """
     work = job.builder.work(job.key)
     job.builder.make()

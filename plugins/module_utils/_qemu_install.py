@@ -28,7 +28,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_apparmor, _qemu_artefact
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, stays_removed
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import read_qemu
 
 DIRECTORY = "/opt/iommufd-host/qemu"
@@ -158,7 +158,7 @@ def plan_present(host: Host, installed: Installed, wanted: Wanted) -> Plan:
                 f"QEMU {key}\n",
                 "",
                 do=functools.partial(shutil.rmtree, installed.place(key)),
-                take_back=_stays_removed,
+                take_back=stays_removed,
             )
         )
     return plan
@@ -201,7 +201,7 @@ def plan_absent(host: Host, installed: Installed) -> Plan:
                 "".join(f"{key}\n" for key in installed.keys),
                 "",
                 do=functools.partial(_remove_all, installed.directory),
-                take_back=_stays_removed,
+                take_back=stays_removed,
             )
         )
     return plan
@@ -337,10 +337,6 @@ def _link(installed: Installed, name: str, key: str) -> None:
         os.unlink(temporary)
     os.symlink(f"versions/{key}", temporary)
     os.replace(temporary, f"{installed.directory}/{name}")
-
-
-def _stays_removed() -> t.NoReturn:
-    raise HostError("what was removed of it stays removed")
 
 
 def _remove_all(directory: str) -> None:

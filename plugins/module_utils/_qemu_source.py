@@ -152,6 +152,13 @@ def present(source: Source, downloads: str) -> Fetched | None:
         HostError: what is here is not what the checksum says, or cannot be read.
         OptionError: a path does not exist.
     """
+    try:
+        return _present(source, downloads)
+    except OSError as error:
+        raise HostError(f"{error.filename or source.describe()} cannot be read: {error.strerror}") from error
+
+
+def _present(source: Source, downloads: str) -> Fetched | None:
     if source.git:
         tarball = f"{downloads}/{source.commit}.tar"
         return Fetched(f"git:{source.commit}", (tarball,)) if os.path.exists(tarball) else None

@@ -293,7 +293,7 @@ from ansible_collections.iommufd.host.plugins.module_utils import (
 from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outcome, run_module
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Command, Plan
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Command, Plan, stays_removed
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_sandbox import Limits
 
 ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
@@ -505,6 +505,7 @@ def _plan_absent(host: Host, builder: _qemu_build.Builder) -> Outcome:
                 keys or "downloads\n",
                 "",
                 do=functools.partial(_remove, builder),
+                take_back=stays_removed,
             )
         )
     removal = _packages.plan_removal(host, _qemu_build.PURPOSE, _qemu_profile.all_packages())

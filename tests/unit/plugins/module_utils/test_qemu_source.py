@@ -151,6 +151,18 @@ def test_a_url_that_is_not_there(tmp_path: pathlib.Path) -> None:
         source.fetch(source.parse_source({"url": f"file://{tmp_path}/no.tar", "checksum": SUM}), str(tmp_path / "d"))
 
 
+def test_a_source_that_root_may_not_read(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that another machine exports."""
+
+    def refused(path: str) -> str:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(source, "sha256", refused)
+    path = make_tarball(make_tree(tmp_path / "tree"), tmp_path / "q.tar.xz")
+    with pytest.raises(HostError, match=f"{path} cannot be read: Permission denied"):
+        source.fetch(source.parse_source({"path": str(path)}), str(tmp_path / "d"))
+
+
 def test_a_git_commit(tmp_path: pathlib.Path) -> None:
     tree = make_tree(tmp_path / "tree", "9.2.0")
     git = ["git", "-C", str(tree), "-c", "user.name=n", "-c", "user.email=e@example.com"]

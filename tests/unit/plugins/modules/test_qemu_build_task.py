@@ -224,6 +224,19 @@ def test_what_others_keep_in_the_directory_stays(directory: str) -> None:
     assert not call(state="absent", directory=directory)["changed"]
 
 
+def test_a_removal_that_ends_half_way_is_not_put_back(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*arguments: t.Any) -> t.NoReturn:
+        raise HostError("dpkg is locked")
+
+    build.Builder(directory).make()
+    removal = _packages.Removal(["meson"], {}, forget=True)
+    monkeypatch.setattr(_packages, "plan_removal", lambda *arguments: removal)
+    monkeypatch.setattr(_packages.PurgePackages, "apply", locked)
+    monkeypatch.setattr(_packages.PurgePackages, "undo", lambda self: None)
+    said = call(state="absent", directory=directory)["msg"]
+    assert "dpkg is locked. Not everything could be taken back" in said and "stays removed" in said
+
+
 def test_a_builder_does_not_choose_where_the_archive_goes(tmp_path: pathlib.Path) -> None:
     archive = tmp_path / "archive"
     archive.write_text("x")
