@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import time
 import typing as t
@@ -56,8 +57,8 @@ class ActionModule(ActionBase):
         arguments = dict(self._task.args)
         answer = self._call(arguments, task_vars)
         if answer.get("running") and self._wanted(arguments.get("wait", True)) and not answer.get("failed"):
-            interval = int(arguments.get("progress", 10))
-            failure, seconds = self._follow(answer, interval)
+            interval = arguments.get("progress")
+            failure, seconds = self._follow(answer, 10 if interval is None else int(interval))
             if failure is not None:
                 return {**result, **answer, "running": False, "failed": True, **failure}
             done: Result = {name: answer[name] for name in _DONE if name in answer}
@@ -136,6 +137,8 @@ class ActionModule(ActionBase):
 
     def _fetch(self, answer: Result, directory: str) -> Result:
         """Have the archive on the controller; it is fetched only where it is not there already."""
+        if not re.fullmatch(r"[0-9a-f]{32}", str(answer["key"])):  # it names a file here, and comes from the builder
+            raise AnsibleError(f"{self._builder} answered with {answer['key']!r}, which is no key of a build")
         directory = os.path.abspath(os.path.expanduser(directory))
         path = os.path.join(directory, f"{answer['key']}.tar.xz")
         if os.path.exists(path) and sha256(path) == answer["checksum"]:

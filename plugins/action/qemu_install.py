@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import typing as t
 
 from ansible.errors import AnsibleActionFail
@@ -39,6 +40,9 @@ class ActionModule(ActionBase):
                     failed=True, msg=f"QEMU {arguments.get('key')} is not on this host; name its archive (src)"
                 )
             return {**result, **answer}
+        if self._task.check_mode and arguments.get("key") and not os.path.exists(os.path.expanduser(str(source))):
+            # The archive is only about to be fetched to here, and by its key the host can tell what it would do.
+            return {**result, **self._call({**arguments, "src": None}, task_vars)}
         try:
             path = self._find_needle("files", str(source))
             key = read_manifest(path)["key"]

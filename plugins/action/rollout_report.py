@@ -50,9 +50,14 @@ class ActionModule(ActionBase):
                         "timezone": {"type": "str", "default": ""},
                     },
                 },
-            }
+            },
+            required_if=[("state", one, ["path"]) for one in ("planned", "wave", "ended")],
         )
         policy, state = options["policy"], options["state"]
+        if policy["max_failures"] < 0:
+            raise AnsibleActionFail(
+                f"rollout_max_failures: {policy['max_failures']} is not accepted. Accepted: a number from 0."
+            )
         now = time.time()
         opened = _open(policy, now)
         if state == "checked":

@@ -68,7 +68,7 @@ class CallbackModule(CallbackBase):
 
     def _done(self, result: t.Any) -> None:
         with self._guard:
-            self._running.pop(result._host.get_name(), None)
+            self._running.pop(result.host.get_name(), None)
 
     def v2_runner_on_ok(self, result: t.Any) -> None:
         self._done(result)

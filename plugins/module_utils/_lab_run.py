@@ -30,7 +30,7 @@ def logged(argv: t.Sequence[str], what: str, log: Path | None, timeout: float) -
 
     Raises:
         HostError: it is missing, ended with a status other than 0, or was ended because it was late; the log's last
-            lines are its detail ``log``. However this function is left, the command and its children are gone.
+            lines are its detail ``log``. Where this is left before the command has ended, it and its children are gone.
     """
     environment = dict(os.environ, PATH=_SEARCH_PATH, LC_ALL="C.UTF-8", DEBIAN_FRONTEND="noninteractive")
     with open(log or os.devnull, "ab") as output:

@@ -28,7 +28,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._lab_qemu import (
     require_memory,
 )
 from ansible_collections.iommufd.host.plugins.module_utils._lab_spec import HostSpec, Json
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, wait_until
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, stays_removed, wait_until
 
 # Memory that an emulator takes beyond the guest's, in MiB: its own, and the translated code of TCG.
 OVERHEAD = 256
@@ -161,8 +161,8 @@ class Lab:
         for machine in self._named(names):
             status = machine.status()
             if status != "absent" or machine.directory.exists() or machine.failure_log.exists():
-                step = Action(f"remove host {machine.name}", machine.name, status, "absent", do=machine.remove)
-                plan.add(step)
+                what = f"remove host {machine.name}"
+                plan.add(Action(what, machine.name, status, "absent", do=machine.remove, take_back=stays_removed))
         return plan
 
     def wait_for_running(self, hosts: t.Sequence[HostSpec], timeout: float) -> None:

@@ -202,6 +202,11 @@ class Action(Step):
             self.take_back()
 
 
+def stays_removed() -> t.NoReturn:
+    """What takes a removal back that cannot be: without it a failure would say that everything was put back."""
+    raise HostError("what was removed of it stays removed")
+
+
 @dataclasses.dataclass
 class Plan:
     """Steps in the order in which they are to be done; empty: the host is as it should be."""

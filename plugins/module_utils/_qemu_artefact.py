@@ -5,7 +5,7 @@
 """A built QEMU as one relocatable archive: ``manifest.json`` first, then the files that it lists with their hashes.
 
 The archive of the same files is the same to the last bit, whoever packs it and when. QEMU finds its data relative to
-its binary, so the archive can be unpacked anywhere.
+its binary (get_relocated_path in util/cutils.c, since 5.2), so the archive can be unpacked anywhere.
 """
 
 from __future__ import annotations

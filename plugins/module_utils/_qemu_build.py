@@ -182,6 +182,11 @@ class Builder:
     def log(self, key: str) -> str:
         return f"{self.work(key)}/log"
 
+    @property
+    def places(self) -> list[str]:
+        """All that builds make in the directory."""
+        return [f"{self.directory}/{name}" for name in ("downloads", "artefacts", "work", "ccache")]
+
     def make(self) -> None:
         for path in (self.directory, self.downloads, f"{self.directory}/artefacts", f"{self.directory}/work"):
             os.makedirs(path, 0o755, exist_ok=True)
@@ -254,6 +259,9 @@ def start(job: Job) -> bool:
 
     Returns:
         Whether it was started here.
+
+    Raises:
+        HostError: processes of an earlier build of the same key do not end.
     """
     work = job.builder.work(job.key)
     job.builder.make()
@@ -317,7 +325,8 @@ def _clear(builder: Builder, key: str) -> None:
     """Take away what an earlier job left that was killed, its processes first."""
     state = read_state(builder, key)
     if state is not None and isinstance(state.get("uid"), int):
-        end_processes(state["uid"])
+        # Not whatever runs by that number: since then systemd may have given it to a service (DynamicUser=).
+        end_processes(state["uid"], builder.work(key))
     for name in Host().listdir(builder.work(key)):
         if name != "lock":
             _remove(f"{builder.work(key)}/{name}")
@@ -481,9 +490,11 @@ class _Run:
         cache = self.sandbox.environment.get("CCACHE_DIR")
         if cache:
             os.makedirs(cache, 0o755, exist_ok=True)
-            for directory, directories, files in os.walk(cache):
+            # By descriptors: the build that had the cache before may still run, and put a link in place of a directory.
+            for _directory, directories, files, descriptor in os.fwalk(cache):
                 for name in [".", *directories, *files]:
-                    os.lchown(os.path.join(directory, name), uid, uid)
+                    with contextlib.suppress(FileNotFoundError):  # that build cleans up in it
+                        os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
         if self.sandbox.network:
             self.log("This machine does not let a build be kept off the network.")
 
@@ -616,6 +627,7 @@ class _Run:
     def _pack(self, summary: Json, binaries: Json) -> None:
         end_processes(self.sandbox.uid)  # from here on nobody else writes in the tree
         root = f"{self.stage}{_qemu_profile.PREFIX}"
+        _require_no_link(self.stage, root)
         self._add_firmware(root)
         licences = self._add_licences(root)
         manifest = {
@@ -641,11 +653,12 @@ class _Run:
         must, may = _qemu_profile.firmware(self.job.request)
         for name in (*must, *may):
             inside = f"{self.source}/pc-bios/{name}"
-            path = inside if os.path.isfile(inside) and not os.path.islink(inside) else find_firmware(Host(), name)
+            own = (
+                os.path.isfile(inside) and os.path.realpath(inside) == f"{os.path.realpath(self.source)}/pc-bios/{name}"
+            )
+            path = inside if own else find_firmware(Host(), name)
             if path:
-                os.makedirs(f"{root}/share/qemu", 0o755, exist_ok=True)
-                shutil.copyfile(path, f"{root}/share/qemu/{name}")
-                os.chmod(f"{root}/share/qemu/{name}", 0o644)
+                _add(path, root, f"share/qemu/{name}")
             elif name in must:
                 raise HostError(
                     f"the firmware {name} is neither in the source nor in {_qemu_profile.FIRMWARE_PATH} on the builder"
@@ -656,11 +669,26 @@ class _Run:
         for name in _LICENCES:
             path = f"{self.source}/{name}"
             if os.path.isfile(path) and not os.path.islink(path):
-                os.makedirs(f"{root}/share/doc/qemu", 0o755, exist_ok=True)
-                shutil.copyfile(path, f"{root}/share/doc/qemu/{name}")
-                os.chmod(f"{root}/share/doc/qemu/{name}", 0o644)
+                _add(path, root, f"share/doc/qemu/{name}")
                 found.append(f"share/doc/qemu/{name}")
         return found
+
+
+def _require_no_link(top: str, path: str) -> None:
+    """What a build installed belongs to its user, who may have put a link where root is about to read and write."""
+    if os.path.realpath(path) != os.path.realpath(top) + path[len(top) :]:
+        raise HostError(f"the build installed a link on the way to {path}")
+
+
+def _add(source: str, root: str, name: str) -> None:
+    """Add a file to what a build installed; a file or link of that name is replaced, not written to."""
+    path = f"{root}/{name}"
+    _require_no_link(root, os.path.dirname(path))
+    os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    shutil.copyfile(source, path)
+    os.chmod(path, 0o644)
 
 
 def _read_inside(path: str) -> str:

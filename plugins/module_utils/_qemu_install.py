@@ -28,7 +28,7 @@ import typing as t
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_apparmor, _qemu_artefact
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, stays_removed
 from ansible_collections.iommufd.host.plugins.module_utils._qemu import read_qemu
 
 DIRECTORY = "/opt/iommufd-host/qemu"
@@ -158,6 +158,7 @@ def plan_present(host: Host, installed: Installed, wanted: Wanted) -> Plan:
                 f"QEMU {key}\n",
                 "",
                 do=functools.partial(shutil.rmtree, installed.place(key)),
+                take_back=stays_removed,
             )
         )
     return plan
@@ -200,6 +201,7 @@ def plan_absent(host: Host, installed: Installed) -> Plan:
                 "".join(f"{key}\n" for key in installed.keys),
                 "",
                 do=functools.partial(_remove_all, installed.directory),
+                take_back=stays_removed,
             )
         )
     return plan
@@ -341,7 +343,8 @@ def _remove_all(directory: str) -> None:
     for name in ("current", "previous", ".current.new", ".previous.new"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{directory}/{name}")
-    shutil.rmtree(f"{directory}/versions", ignore_errors=False)
+    if os.path.lexists(f"{directory}/versions"):  # else somebody removed the builds by hand
+        shutil.rmtree(f"{directory}/versions")
     for path in (directory, os.path.dirname(directory)):
         with contextlib.suppress(OSError):  # others of our files may lie there
             os.rmdir(path)

@@ -25,6 +25,9 @@ from ansible_collections.iommufd.host.plugins.module_utils._host import Host, Ou
 #: The user ids that systemd takes for users without an account (systemd.exec(5), DynamicUser=).
 FIRST_UID, LAST_UID = 61184, 65519
 
+# Bytes. What reads the output is not within the build's limits.
+_LINE_LIMIT = 1 << 16
+
 _SEARCH_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -92,7 +95,7 @@ class Sandbox:
         Args:
             argv: command and arguments.
             cwd: its directory.
-            on_line: called with each line of its output.
+            on_line: called with each line of its output; one of more than 64 KiB comes in pieces.
 
         Returns:
             Its status; negative where a signal ended it.
@@ -106,7 +109,7 @@ class Sandbox:
             stderr=subprocess.STDOUT,
         )
         try:
-            for line in process.stdout or ():
+            for line in iter(lambda: t.cast("t.IO[bytes]", process.stdout).readline(_LINE_LIMIT), b""):
                 on_line(line.decode("utf-8", "replace").rstrip("\r\n"))
             return process.wait()
         except BaseException:
@@ -167,8 +170,12 @@ def _process_uids() -> dict[int, int]:
     return found
 
 
-def end_processes(uid: int) -> None:
+def end_processes(uid: int, beneath: str = "") -> None:
     """Kill whatever a build's user still runs.
+
+    Args:
+        uid: the user.
+        beneath: kill only those whose working directory lies beneath this one; empty: all.
 
     Raises:
         HostError: something of it does not end.
@@ -176,7 +183,8 @@ def end_processes(uid: int) -> None:
     if not FIRST_UID <= uid <= LAST_UID:
         return
     for _attempt in range(100):
-        left = [process for process, owner in _process_uids().items() if owner == uid and not _is_zombie(process)]
+        mine = [process for process, owner in _process_uids().items() if owner == uid and not _is_zombie(process)]
+        left = [process for process in mine if not beneath or _works_beneath(process, beneath)]
         if not left:
             return
         for process in left:
@@ -184,6 +192,13 @@ def end_processes(uid: int) -> None:
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
     raise HostError(f"processes of an earlier build (user id {uid}) do not end")
+
+
+def _works_beneath(process: int, directory: str) -> bool:
+    try:
+        return os.readlink(f"/proc/{process}/cwd").startswith(f"{os.path.realpath(directory)}/")
+    except OSError:
+        return False
 
 
 def _is_zombie(process: int) -> bool:

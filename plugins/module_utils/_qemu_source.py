@@ -40,6 +40,12 @@ _TOLD_BY = ("VERSION", "meson_options.txt", "pythondeps.toml", "backends/Kconfig
 # Beyond it a "text" file of an archive is no text file.
 _TEXT_LIMIT = 1 << 20
 
+# One signed text and nothing around it (RFC 4880, section 7); in the text, lines that begin with a dash are escaped.
+_SIGNED = re.compile(
+    r"-----BEGIN PGP SIGNED MESSAGE-----\n(?:Hash: [^\n]*\n)*\n(?:(?!-)[^\n]*\n|- [^\n]*\n)*"
+    r"-----BEGIN PGP SIGNATURE-----\n(?:[A-Za-z]+: [^\n]*\n)*\n[A-Za-z0-9+/=\n]*-----END PGP SIGNATURE-----\n*"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -147,6 +153,13 @@ def present(source: Source, downloads: str) -> Fetched | None:
         HostError: what is here is not what the checksum says, or cannot be read.
         OptionError: a path does not exist.
     """
+    try:
+        return _present(source, downloads)
+    except OSError as error:
+        raise HostError(f"{error.filename or source.describe()} cannot be read: {error.strerror}") from error
+
+
+def _present(source: Source, downloads: str) -> Fetched | None:
     if source.git:
         tarball = f"{downloads}/{source.commit}.tar"
         return Fetched(f"git:{source.commit}", (tarball,)) if os.path.exists(tarball) else None
@@ -444,6 +457,13 @@ def _archives(host: Host) -> t.Iterator[tuple[str, str, str, str]]:
 def _verify_signature(source: Source, found: Fetched, downloads: str) -> None:
     """Have gpgv check a detached signature of the tarball, or the one inside a ``.dsc``."""
     if found.dsc:
+        # gpgv passes over what stands around the signed text, and the checksums could be read from there.
+        with open(found.dsc, encoding="utf-8", errors="replace") as file:
+            text = file.read(_TEXT_LIMIT + 1)
+        if len(text) > _TEXT_LIMIT or not _SIGNED.fullmatch(text):
+            raise HostError(
+                f"{source.describe()} is not signed by a key of {source.keyring} as a whole. It was not used"
+            )
         _ask_gpgv(source, [found.dsc])
         return
     if not source.signature or not found.tarballs:
@@ -570,8 +590,10 @@ def _damaged(path: str, error: Exception) -> HostError:
 
 def _require_harmless(archive: str, member: tarfile.TarInfo) -> None:
     name = member.name
-    if name.startswith("/") or ".." in name.split("/"):
-        raise HostError(f"{archive} was not unpacked: its member {name!r} leads out of its directory")
+    # A hard link is a copy of the file that it names, made by root.
+    for path in (name, member.linkname if member.islnk() else ""):
+        if path.startswith("/") or ".." in path.split("/"):
+            raise HostError(f"{archive} was not unpacked: its member {name!r} leads out of its directory")
     if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
         raise HostError(f"{archive} was not unpacked: its member {name!r} is a device node or a pipe")
 

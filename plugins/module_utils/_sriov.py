@@ -6,6 +6,7 @@
 
 VFs are made with the autoprobe of their PF off, whatever it shall be in the end: no driver of the host sees a VF before
 its settings are made (a guest's VF: never), and when the write that makes them returns, nothing is probing any more.
+The kernel heeds that for VFs without a driver override (pci_device_can_probe in drivers/pci/pci-driver.c).
 """
 
 from __future__ import annotations
@@ -345,7 +346,8 @@ def _parse_params(option: str, params: t.Mapping[str, t.Any]) -> dict[str, Param
 def interface_of(host: Host, address: str) -> str | None:
     """The PF's own network interface; None where it has none.
 
-    In switchdev mode the representors of its VFs are beside it; they say so (phys_port_name "pf0vf3", "pf0sf88").
+    In switchdev mode the representors of its VFs are beside it; they say so (phys_port_name "pf0vf3", "pf0sf88", with
+    the number of a controller before it "c1pf0vf3": __devlink_port_phys_port_name_get in net/devlink).
     """
     directory = f"/sys/bus/pci/devices/{address}/net"
     for name in host.listdir(directory):

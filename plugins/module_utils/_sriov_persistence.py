@@ -150,6 +150,10 @@ make() {
         say 3 "$1: no driver that makes virtual functions"
         return 0
     fi
+    if ! [ -e "$device/sriov_numvfs" ]; then
+        say 3 "$1: offers no virtual functions (off in its firmware, or in the BIOS)"
+        return 0
+    fi
     while read -r kind address name value mode rest; do
         if [ "$kind $address" = "param $1" ]; then
             try "$1" devlink dev param set "pci/$1" name "$name" value "$value" cmode "$mode"

@@ -723,7 +723,7 @@ def describe_planned(decision: Decision) -> list[dict[str, t.Any]]:
                     "mac": given_mac(VfSettings(**planned)),
                 }
             )
-        autoprobe = wanted.autoprobe if wanted.count else physical.autoprobe
+        autoprobe = wanted.autoprobe if wanted.count else physical.autoprobe or physical.count > 0
         result.append(_described(decision, physical, physical.function, autoprobe, rows))
     return result
 

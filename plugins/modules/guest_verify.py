@@ -68,9 +68,9 @@ options:
     default: false
     version_added: 0.2.0
 requirements:
-  - QEMU 9.0 or later with iommufd (C(qemu-system-x86) on Debian and Ubuntu)
+  - QEMU 9.0 or later with iommufd (C(qemu-system-x86) on Debian and Ubuntu), on aarch64 9.1 (C(qemu-system-arm))
   - busybox (C(busybox-static) on Debian and Ubuntu)
-  - an x86-64 host
+  - an x86-64 or aarch64 host
 seealso:
   - module: iommufd.host.vfio_bind
   - module: iommufd.host.iommufd_info

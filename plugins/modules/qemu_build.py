@@ -126,7 +126,9 @@ options:
       - By default three quarters of what the builder has.
     type: int
   directory:
-    description: The builder's directory for downloads, builds and finished archives.
+    description:
+      - The builder's directory for downloads, builds and finished archives.
+      - With O(state=absent) other files in it stay.
     type: path
     default: /var/cache/iommufd-host/qemu
   keep:
@@ -292,7 +294,7 @@ from ansible_collections.iommufd.host.plugins.module_utils._ansible import Outco
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._files import sha256
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
-from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Command, Plan
+from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Command, Plan, stays_removed
 from ansible_collections.iommufd.host.plugins.module_utils._qemu_sandbox import Limits
 
 ARGUMENT_SPEC: dict[str, dict[str, t.Any]] = {
@@ -495,15 +497,16 @@ def _plan_absent(host: Host, builder: _qemu_build.Builder) -> Outcome:
             f"A build is under way on this builder ({', '.join(builder.running())}). Wait for it; nothing was removed"
         )
     plan = Plan()
-    if host.exists(builder.directory):
+    if any(host.exists(path) for path in builder.places):
         keys = "".join(f"{key}\n" for key in builder.finished())
         plan.add(
             Action(
-                f"remove {builder.directory}",
+                f"remove what lies in {builder.directory}",
                 builder.directory,
                 keys or "downloads\n",
                 "",
-                do=functools.partial(_remove, builder.directory),
+                do=functools.partial(_remove, builder),
+                take_back=stays_removed,
             )
         )
     removal = _packages.plan_removal(host, _qemu_build.PURPOSE, _qemu_profile.all_packages())
@@ -522,11 +525,14 @@ def _plan_absent(host: Host, builder: _qemu_build.Builder) -> Outcome:
     return Outcome(plan, result)
 
 
-def _remove(directory: str) -> None:
-    shutil.rmtree(directory)
-    parent = os.path.dirname(directory)
-    if os.path.basename(parent) == "iommufd-host":  # made with it, unless something else of ours lies there
-        with contextlib.suppress(OSError):
+def _remove(builder: _qemu_build.Builder) -> None:
+    for path in builder.places:
+        if os.path.lexists(path):
+            shutil.rmtree(path)
+    parent = os.path.dirname(builder.directory)
+    with contextlib.suppress(OSError):  # something of others', or something else of ours, lies there
+        os.rmdir(builder.directory)
+        if os.path.basename(parent) == "iommufd-host":  # made with it
             os.rmdir(parent)
 
 

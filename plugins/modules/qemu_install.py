@@ -48,7 +48,9 @@ options:
     type: bool
     default: false
   key:
-    description: Key of a build that is on the host, to switch to it, as a rollback does to RV(previous).
+    description:
+      - Key of a build that is on the host, to switch to it, as a rollback does to RV(previous).
+      - With O(src), the archive must be of this build. In check mode it need not be on the controller yet then.
     type: str
   keep:
     description: How many builds stay beside the current one.

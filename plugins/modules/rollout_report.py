@@ -100,12 +100,23 @@ EXAMPLES = r"""
 RETURN = r"""
 msg:
   description: Where the rollout is, in a sentence.
-  returned: success
+  returned: unless O(state=checked)
   type: str
   sample: "wave 1: hv1. So far 4 hosts: 3 not started, 1 at work"
+began:
+  description: When the rollout began, in seconds since 1970.
+  returned: unless O(state=checked)
+  type: float
+  sample: 1795684200.5
+hosts:
+  description: O(hosts), for later plays.
+  returned: unless O(state=checked)
+  type: list
+  elements: str
+  sample: [hv1, hv2, hv3, hv4]
 obstacles:
   description: Why nothing may start, a sentence for each host.
-  returned: success
+  returned: unless O(state=checked)
   type: list
   elements: str
   sample: []
@@ -116,33 +127,38 @@ open:
   sample: true
 stop:
   description: Whether no further wave may start.
-  returned: success
+  returned: unless O(state=checked)
   type: bool
   sample: false
 path:
   description: The directory.
-  returned: success
+  returned: unless O(state=checked)
   type: str
   sample: /srv/reports/rollout
 summary:
   description: The number of hosts, in all and by status.
-  returned: success
+  returned: unless O(state=checked)
   type: dict
   sample: {hosts: 4, done: 1, not_started: 3}
 table:
   description: The report in short, as lines for a terminal.
-  returned: success
+  returned: unless O(state=checked)
   type: list
   elements: str
   sample: ["4 hosts: 1 done, 3 not started"]
 verdicts:
   description: For each host that makes the rollout end with an error, why.
-  returned: success
+  returned: unless O(state=checked)
   type: dict
   sample: {hv2: "failed: Verify: the guest did not boot"}
 wave:
   description: Number of the wave that was begun last.
-  returned: success
+  returned: unless O(state=checked)
   type: int
   sample: 1
+window:
+  description: O(policy.window).
+  returned: unless O(state=checked)
+  type: str
+  sample: "Mon-Fri 22:00-05:00"
 """

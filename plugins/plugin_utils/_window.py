@@ -82,4 +82,6 @@ def _days(text: str | None) -> t.Iterator[int]:
 
 
 def _number(name: str) -> int:
+    if name.capitalize() not in _DAYS:
+        raise ValueError(name)
     return _DAYS.index(name.capitalize())

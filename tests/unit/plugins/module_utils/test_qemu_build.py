@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import types
 import typing as t
 
 import pytest
@@ -147,6 +148,93 @@ def test_a_stub_is_added_and_nothing_is_written_behind_a_link(builder: build.Bui
     state = finish(job(builder, tree))
     assert "has no directory hw/cxl" in state["error"]["message"]
     assert (outside / "cxl-host-stubs.c").read_text() == ";\n"
+
+
+@needs_tools
+@pytest.mark.parametrize("way", ["opt", "share", "share/qemu", "share/qemu/bios-256k.bin"])
+def test_root_adds_nothing_behind_a_link_that_the_build_made(
+    builder: build.Builder, tmp_path: pathlib.Path, way: str
+) -> None:
+    outside = pathlib.Path(builder.directory).parent / "outside"
+    for name in ("bios-256k.bin", "qemu/bios-256k.bin"):
+        (outside / name).parent.mkdir(exist_ok=True)
+        (outside / name).write_text("the host's\n")
+    target = outside / "bios-256k.bin" if way.endswith(".bin") else outside
+    tree = make_tree(tmp_path / "tree")
+    main = (tree / "configure").read_text()
+    if way == "opt":  # all that the build installs goes there
+        outside.chmod(0o777)
+    place = "../stage/opt" if way == "opt" else f"../stage/opt/iommufd-host/qemu/current/{way}"
+    evil = f'#!/bin/sh\nmkdir -p "$(dirname {place})" && ln -s {target} {place} || exit 1\n'
+    (tree / "configure").write_text(main.replace("#!/bin/sh\n", evil, 1))
+    one = job(builder, tree)
+    state = finish(one)
+    assert (outside / "bios-256k.bin").read_text() == (outside / "qemu/bios-256k.bin").read_text() == "the host's\n"
+    if way.endswith(".bin"):
+        assert state["error"] is None
+        assert "link" not in artefact.read_manifest(builder.artefact(one.key))["files"][way]
+    else:
+        assert "the build installed a link on the way to" in state["error"]["message"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_build_gets_the_cache_and_nothing_behind_a_link(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build that had the cache before puts a link in place of a directory, just when root is in it."""
+    (tmp_path / "ccache/0").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    for name in ("ccache/0/passwd", "outside/passwd"):
+        (tmp_path / name).touch()
+    seen = []
+
+    def meddling(real: t.Callable[..., None]) -> t.Callable[..., None]:
+        def changed(path: str, *arguments: t.Any, **more: t.Any) -> None:
+            if os.path.basename(path) == ".":
+                seen.append(path)
+                if len(seen) == 2:
+                    (tmp_path / "ccache/0").rename(tmp_path / "ccache/1")
+                    (tmp_path / "ccache/0").symlink_to(tmp_path / "outside")
+            real(path, *arguments, **more)
+
+        return changed
+
+    for name in ("chown", "lchown"):
+        monkeypatch.setattr(os, name, meddling(getattr(os, name)))
+    user = types.SimpleNamespace(uid=sandbox.FIRST_UID, environment={"CCACHE_DIR": f"{tmp_path}/ccache"}, network=False)
+    build._Run._prepare(t.cast(t.Any, types.SimpleNamespace(sandbox=user, work=str(tmp_path))))
+    assert len(seen) == 2 and os.stat(tmp_path / "outside/passwd").st_uid == 0
+    assert os.stat(tmp_path / "ccache/1/passwd").st_uid == sandbox.FIRST_UID
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_only_processes_of_the_build_itself_are_ended(builder: build.Builder) -> None:
+    """The number of a build's user may be that of a service by now."""
+    uid, key = sandbox.LAST_UID - 7, "0" * 32
+    os.makedirs(f"{builder.work(key)}/build")
+    pathlib.Path(builder.state_file(key)).write_text(json.dumps({"uid": uid}))
+    sleeping = [
+        subprocess.Popen(["sleep", "60"], cwd=place, user=uid, group=uid)
+        for place in ("/", f"{builder.work(key)}/build")
+    ]
+    try:
+        build._clear(builder, key)
+        assert [one.poll() for one in sleeping] == [None, -signal.SIGKILL]
+        assert os.listdir(builder.work(key)) == []
+        sandbox.end_processes(uid)
+        assert sleeping[0].wait(10) == -signal.SIGKILL
+    finally:
+        for one in sleeping:
+            one.kill()
+            one.wait()
+
+
+def test_a_line_without_end_comes_in_pieces(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.Sandbox, "wrap", lambda self, argv: list(argv))
+    lines: list[str] = []
+    box = sandbox.Sandbox(str(tmp_path), sandbox.FIRST_UID, sandbox.Limits(1, 1 << 30), False, False)
+    assert box.run(["sh", "-c", "echo one; head -c 300000 /dev/zero | tr '\\0' x"], str(tmp_path), lines.append) == 0
+    assert lines[0] == "one" and sum(map(len, lines[1:])) == 300000 and max(map(len, lines)) <= 1 << 16
 
 
 @needs_tools

@@ -127,6 +127,31 @@ def test_absent_leaves_nothing(tmp_path: pathlib.Path, directory: str) -> None:
     assert not install.plan_absent(Host(), install.read_installed(Host(), directory)).changed
 
 
+def test_what_cannot_be_taken_back_is_said(
+    tmp_path: pathlib.Path, directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: str, *arguments: t.Any, **more: t.Any) -> None:
+        if path == f"{directory}/versions/{A}":
+            os.unlink(f"{path}/manifest.json")
+            raise PermissionError(1, "Operation not permitted", path)
+        real(path, *arguments, **more)
+
+    put(tmp_path, directory, A)
+    put(tmp_path, directory, B)
+    real = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", failing)
+    with pytest.raises(HostError, match=f"could be taken back: remove QEMU {A}, which is an old one: what was removed"):
+        put(tmp_path, directory, C)
+    assert state(directory) == (B, A, (A, B))
+
+
+def test_absent_where_the_builds_were_removed_by_hand(tmp_path: pathlib.Path, directory: str) -> None:
+    put(tmp_path, directory, A)
+    shutil.rmtree(f"{directory}/versions")
+    install.plan_absent(Host(), install.read_installed(Host(), directory)).apply()
+    assert not os.path.exists(tmp_path / "opt")
+
+
 def test_a_changed_file_is_put_right(tmp_path: pathlib.Path, directory: str) -> None:
     put(tmp_path, directory, A)
     pathlib.Path(f"{directory}/versions/{A}/bin/qemu-system-x86_64").write_text("changed")

@@ -72,6 +72,8 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
         (member("qemu/null", tarfile.CHRTYPE), "device node"),
         (member("qemu/disk", tarfile.BLKTYPE), "device node"),
         (member("qemu/pipe", tarfile.FIFOTYPE), "pipe"),
+        (member("qemu/shadow", tarfile.LNKTYPE, "qemu/../../../etc/shadow"), "leads out of its directory"),
+        (member("qemu/shadow", tarfile.LNKTYPE, "/etc/shadow"), "leads out of its directory"),
     ],
 )
 def test_members_that_no_source_has(tmp_path: pathlib.Path, bad: tarfile.TarInfo, words: str) -> None:
@@ -147,6 +149,18 @@ def test_a_url_with_the_right_and_the_wrong_checksum(tmp_path: pathlib.Path) -> 
 def test_a_url_that_is_not_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(HostError, match="did not come"):
         source.fetch(source.parse_source({"url": f"file://{tmp_path}/no.tar", "checksum": SUM}), str(tmp_path / "d"))
+
+
+def test_a_source_that_root_may_not_read(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that another machine exports."""
+
+    def refused(path: str) -> str:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(source, "sha256", refused)
+    path = make_tarball(make_tree(tmp_path / "tree"), tmp_path / "q.tar.xz")
+    with pytest.raises(HostError, match=f"{path} cannot be read: Permission denied"):
+        source.fetch(source.parse_source({"path": str(path)}), str(tmp_path / "d"))
 
 
 def test_a_git_commit(tmp_path: pathlib.Path) -> None:
@@ -233,6 +247,25 @@ def test_a_signature_by_another_key(tmp_path: pathlib.Path, monkeypatch: pytest.
     assert asked == [["gpgv", "--quiet", "--keyring", "/our.gpg", "/q.sig", str(tarball)]]
     with pytest.raises(HostError, match=r"q.tar.xz is not signed by a key of /stranger.gpg \(gpgv: No public key\)"):
         source.fetch(source.parse_source({**given, "keyring": "/stranger.gpg"}), str(tmp_path))
+
+
+def test_only_the_signed_text_of_a_source_package_counts(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpgv says yes to a file with a signed text in it, whatever stands around that."""
+    monkeypatch.setattr(source, "run", lambda argv, timeout=0: "")
+    path = dsc(tmp_path, make_tarball(make_tree(tmp_path / "tree"), tmp_path / "qemu_10.orig.tar.xz"))
+    text = path.read_text()
+    head = "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n"
+    tail = "-----BEGIN PGP SIGNATURE-----\n\niHUE+/=\n=M8w+\n-----END PGP SIGNATURE-----\n"
+    given = source.parse_source({"path": str(path), "keyring": "/our.gpg"})
+    path.write_text(f"{head}{text}- -dash\n{tail}")
+    assert source.fetch(given, str(tmp_path)).dsc == str(path)
+    armor = tail.replace("\n\n", f"\nComment: x\n{text}\n", 1)
+    for bad in (text + head + "x\n" + tail, head + text + tail + text, text, head + text + armor, head + text):
+        path.write_text(bad)
+        with pytest.raises(HostError, match=r"is not signed by a key of /our\.gpg as a whole"):
+            source.fetch(given, str(tmp_path))
 
 
 def test_source_lists_come_from_the_machines_own(machine: Machine) -> None:

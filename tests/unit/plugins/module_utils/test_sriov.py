@@ -348,7 +348,10 @@ def test_another_number_removes_all_first(machine: Machine, host: Answering) -> 
 @pytest.mark.parametrize("present", [True, False])
 def test_none(machine: Machine, host: Answering, present: bool) -> None:
     with_vfs(machine, host, 2)
-    plan = decided(host, pf(0 if present else None), present=present).plan
+    machine.attributes(machine.paths[PF], sriov_drivers_autoprobe=0)
+    decision = decided(host, pf(0 if present else None), present=present)
+    plan = decision.plan
+    assert describe_planned(decision)[0]["autoprobe"], "check mode says so, too"
     assert [type(step) for step in plan.steps] == [RemoveVfs, WriteAttribute]
     assert plan.summary()[1] == f"turn autoprobe of {PF} on", "as the kernel has it"
 
@@ -701,6 +704,15 @@ def test_the_script_leaves_another_kind_of_device_alone(machine: Machine, script
 def test_the_script_needs_a_driver_of_the_host(machine: Machine, script: Script) -> None:
     machine.directory(f"{machine.paths[PF]}/vfio-dev")
     assert "no driver that makes virtual functions" in script.run("add", PF)[0]
+
+
+def test_the_script_tells_that_a_device_offers_none_any_more(machine: Machine, script: Script) -> None:
+    machine.at(f"{machine.paths[PF]}/sriov_numvfs").unlink()
+    log, called = script.run("boot")
+    assert (log, called) == (
+        f"<3>iommufd-host: {PF}: offers no virtual functions (off in its firmware, or in the BIOS)\n",
+        "",
+    )
 
 
 def test_the_kernel_argument_turns_the_script_off(machine: Machine, script: Script) -> None:

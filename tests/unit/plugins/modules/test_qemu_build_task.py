@@ -14,7 +14,7 @@ import types
 import typing as t
 
 import pytest
-from ansible.errors import AnsibleConnectionFailure
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
 
 from ansible_collections.iommufd.host.plugins.action import qemu_build as action
 from ansible_collections.iommufd.host.plugins.module_utils import _ansible, _packages
@@ -213,6 +213,37 @@ def test_a_url_is_not_fetched_in_check_mode(directory: str) -> None:
         check_mode=True, source={"url": "https://nowhere/q.tar.xz", "checksum": "0" * 64}, directory=directory
     )
     assert planned["changed"] and planned["plan"] == ["fetch https://nowhere/q.tar.xz and build QEMU from it"]
+
+
+def test_what_others_keep_in_the_directory_stays(directory: str) -> None:
+    build.Builder(directory).make()
+    pathlib.Path(directory, "notes").write_text("mine")
+    pathlib.Path(directory, "work/0").mkdir()
+    assert call(state="absent", directory=directory)["changed"]
+    assert os.listdir(directory) == ["notes"]
+    assert not call(state="absent", directory=directory)["changed"]
+
+
+def test_a_removal_that_ends_half_way_is_not_put_back(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*arguments: t.Any) -> t.NoReturn:
+        raise HostError("dpkg is locked")
+
+    build.Builder(directory).make()
+    removal = _packages.Removal(["meson"], {}, forget=True)
+    monkeypatch.setattr(_packages, "plan_removal", lambda *arguments: removal)
+    monkeypatch.setattr(_packages.PurgePackages, "apply", locked)
+    monkeypatch.setattr(_packages.PurgePackages, "undo", lambda self: None)
+    said = call(state="absent", directory=directory)["msg"]
+    assert "dpkg is locked. Not everything could be taken back" in said and "stays removed" in said
+
+
+def test_a_builder_does_not_choose_where_the_archive_goes(tmp_path: pathlib.Path) -> None:
+    archive = tmp_path / "archive"
+    archive.write_text("x")
+    answer = {"key": "../../etc/x", "artefact": str(archive), "checksum": action.sha256(str(archive))}
+    with pytest.raises(AnsibleError, match="which is no key of a build"):
+        Action({})._fetch(answer, str(tmp_path / "a/b"))
+    assert os.listdir(tmp_path) == ["archive"]
 
 
 @pytest.mark.parametrize("value", ["relative", "/tmp", "/"])

@@ -113,6 +113,17 @@ def test_sent_once_and_then_never_again(tmp_path: pathlib.Path, directory: str) 
     assert (found["changed"], second.sent, second.calls) == (False, [], 1)
 
 
+def test_check_mode_needs_no_archive_that_was_only_about_to_be_fetched(tmp_path: pathlib.Path) -> None:
+    """qemu_build fetches nothing in check mode, and tells the path all the same."""
+    arguments = {"src": str(tmp_path / "not-yet.tar.xz"), "key": A}
+    planned = Action(tmp_path, check_mode=True, **arguments).install({}, None)
+    assert planned["plan"] == [f"unpack QEMU {A} and check it", f"make QEMU {A} the current one"]
+    Action(tmp_path, src=archive(tmp_path, A)).install({}, None)
+    assert not Action(tmp_path, check_mode=True, **arguments).install({}, None)["changed"]
+    with pytest.raises(AnsibleActionFail, match="cannot be read"):
+        Action(tmp_path, **arguments).install({}, None)
+
+
 def test_forth_and_back(tmp_path: pathlib.Path) -> None:
     Action(tmp_path, src=archive(tmp_path, A)).install({}, None)
     found = Action(tmp_path, src=archive(tmp_path, B)).install({}, None)

@@ -48,6 +48,11 @@ def test_what_is_none_is_refused(window: str) -> None:
         is_open(window, at("Mon 00:00"))
 
 
+def test_a_day_that_is_none_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^Mun$"):
+        is_open("Mun 01:00-02:00", at("Mon 00:00"))
+
+
 def test_the_zone_decides_which_day_it_is() -> None:
     moment = in_zone(at("Mon 23:30"), "Asia/Tokyo")
     assert is_open("Tue 08:00-09:00", moment)
