@@ -57,7 +57,7 @@ class SortedTarball:
             Content by path, relative to the top directory.
 
         Raises:
-            NotSeekable: one of the paths is not where a sorted archive would have it.
+            NotSeekable: one of the paths is not where a sorted archive would have it, or a member leads out of it.
             OSError: the archive cannot be read.
         """
         found: dict[str, bytes] = {}
@@ -66,6 +66,8 @@ class SortedTarball:
             if not files:
                 raise NotSeekable(f"{self.path} does not have {path} where it should be")
             for name, content in files.items():
+                if ".." in name.split("/"):
+                    raise NotSeekable(f"{self.path}: {name} leads out of it")
                 found[name[len(self.top) + 1 :]] = content
         return found
 

@@ -31,7 +31,9 @@ case "$*" in
             case " $SYSTEMCTL_ACTIVE " in *" $unit "*) state=active ;; esac
             printf 'Id=%s\\nActiveState=%s\\n\\n' "$unit" "$state"
         done ;;
-    "show "*) printf 'LoadState=loaded\\nActiveState=active\\nUnitFileState=disabled\\n' ;;
+    "show "*)
+        printf 'LoadState=loaded\\nActiveState=active\\nUnitFileState=disabled\\nNeedDaemonReload=%s\\n' \
+            "$SYSTEMCTL_STALE" ;;
     is-enabled*) echo disabled; exit 1 ;;
 esac
 exit 0
@@ -76,7 +78,7 @@ class Role:
 
     def add(
         self, name: str, guests: list[t.Any], version: str = "257 (257.9-1)", active: str = "", check: bool = False,
-        **variables: t.Any,
+        stale: str = "no", **variables: t.Any,
     ) -> None:  # fmt: skip
         """Add a play that runs the role, and keeps what became of it in the directory ``name``."""
         kept = self.root / name
@@ -93,6 +95,7 @@ class Role:
                 "environment": {
                     "PATH": f"{self.bin}:{os.environ['PATH']}", "SYSTEMCTL_LOG": str(log),
                     "SYSTEMCTL_VERSION": version, "SYSTEMCTL_ACTIVE": active,
+                    "SYSTEMCTL_STALE": stale,
                 },
                 "tasks": [
                     {
@@ -159,13 +162,14 @@ def test_the_life_of_units(role: Role) -> None:
     role.add("planned", [{**GUEST, "enabled": True}], check=True)
     role.add("present", [{**GUEST, "enabled": True}, OTHER])
     role.add("again", [{**GUEST, "enabled": True}, OTHER])
+    role.add("interrupted", [{**GUEST, "enabled": True}, OTHER], stale="yes")
     role.add("fewer", [GUEST])
     role.add("running", [], active=UNIT)
     role.add("refused", [GUEST], guest_unit_state="absent", active=UNIT)
     role.add("stopped", [GUEST], guest_unit_state="absent", active=UNIT, guest_unit_stop=True)
     role.add("gone", [GUEST], guest_unit_state="absent")
     output = role.run()
-    states = {name: role.state(name) for name in ("planned", "present", "again", "fewer")}
+    states = {name: role.state(name) for name in ("planned", "present", "again", "interrupted", "fewer")}
     assert "+OpenFile=/dev/iommu:iommufd0" in output
     assert states["planned"].units == FOREIGN, "check mode writes nothing"
     assert not any("daemon-reload" in call or "enable " in call for call in states["planned"].calls)
@@ -182,6 +186,7 @@ def test_the_life_of_units(role: Role) -> None:
 
     assert states["again"].units == present.units
     assert "daemon-reload" not in states["again"].calls, "a second time there is nothing to do"
+    assert "daemon-reload" in states["interrupted"].calls, "a run before was killed between writing and this"
 
     fewer = states["fewer"]
     assert set(fewer.units) == {UNIT, *FOREIGN}

@@ -80,6 +80,12 @@ def test_finds_a_file_wherever_it_is(tmp_path: pathlib.Path, name: str) -> None:
     assert SortedTarball(str(tmp_path / "t.tar.xz")).extract([name]) == {name: contents[name]}
 
 
+def test_a_member_that_leads_out_of_it_is_left_to_tar_which_refuses_it(tmp_path: pathlib.Path) -> None:
+    make(tmp_path, [*NAMES, "drivers/vfio/../../../x"])
+    with pytest.raises(NotSeekable, match=r"\.\./x leads out of it"):
+        SortedTarball(str(tmp_path / "t.tar.xz")).extract(["drivers/vfio"])
+
+
 def test_what_is_missing_is_said(tmp_path: pathlib.Path) -> None:
     make(tmp_path, NAMES)
     with pytest.raises(NotSeekable, match="drivers/iommu"):
