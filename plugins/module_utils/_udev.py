@@ -620,6 +620,8 @@ class FollowRules(Step):
 
     def apply(self) -> None:
         _trigger(self.nodes)
+        # Once more where it is not so: on a host that had just booted udev handled an event as before its rules changed.
+        _trigger([node for node in self.nodes if self._problem(node)])
         problems = [problem for problem in (self._problem(node) for node in self.nodes) if problem]
         if problems:
             raise HostError("; ".join(problems))

@@ -10,6 +10,7 @@ import os
 import pathlib
 import stat
 import struct
+import typing as t
 
 import pytest
 
@@ -309,3 +310,34 @@ def test_users_of_the_list_must_exist_and_setfacl_must_be_there(tree: pathlib.Pa
         _udev.resolve_access(accounts, "nodes[0].", "me", "mine", 0o660, [], ["kvm", 'a", RUN+="x'])
     with pytest.raises(HostError, match="package acl"):
         _udev.plan_present(read(tree), {"cdevs": listed()}, False, Host(str(tree)))
+
+
+def test_a_node_that_udev_handled_as_before_is_triggered_once_more(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in ("first", "late", "never")]
+    for path in paths:
+        path.touch()
+        path.chmod(0o600)
+    nodes = [
+        _udev.LiveNode("iommu", str(path), "/sys/x", *[_udev.Access("me", "us", 0o600, ME, MINE)] * 2) for path in paths
+    ]
+    rounds: list[list[str]] = []
+
+    def trigger(here: t.Sequence[_udev.LiveNode]) -> None:
+        rounds.append([pathlib.Path(node.path).name for node in here])
+        for node in here:
+            if node.path == str(paths[len(rounds) - 1]):
+                os.chmod(node.path, 0o660)
+
+    monkeypatch.setattr(_udev, "_trigger", trigger)
+    host = Host()
+    wanted = {"iommu": _udev.Access("me", "us", 0o660, ME, MINE)}
+    _udev.FollowRules("follow", nodes=nodes[:2], wanted=wanted, host=host).apply()
+    assert rounds == [["first", "late"], ["late"]]
+    rounds.clear()
+    paths[0].chmod(0o600)
+    paths[1].chmod(0o600)
+    with pytest.raises(HostError, match="never did not become me:us 0660 but has uid"):
+        _udev.FollowRules("follow", nodes=nodes, wanted=wanted, host=host).apply()
+    assert rounds == [["first", "late", "never"], ["late", "never"]]
