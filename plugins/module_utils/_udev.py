@@ -620,7 +620,7 @@ class FollowRules(Step):
 
     def apply(self) -> None:
         _trigger(self.nodes)
-        # Once more where it is not so: on a host that had just booted udev handled an event as before its rules changed.
+        # Once more where it is not so: on a host that had just booted, udev once handled an event by the old rules.
         _trigger([node for node in self.nodes if self._problem(node)])
         problems = [problem for problem in (self._problem(node) for node in self.nodes) if problem]
         if problems:
