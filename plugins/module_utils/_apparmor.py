@@ -27,9 +27,10 @@ from ansible_collections.iommufd.host.plugins.module_utils._apparmor_local impor
     with_block,
     write_rules,
 )
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import refuse_foreign
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile
 
 BASE = "/etc/apparmor.d"
@@ -183,7 +184,7 @@ def plan_absent(state: State) -> Plan:
 
 def _with_rules(state: State, content: bytes | None, rules: t.Sequence[str]) -> bytes:
     if state.drop_in:
-        _refuse_foreign(content)
+        refuse_foreign(DROP_IN, content)
         made = content is None and not state.directory
         made = made or (content is not None and _MADE_DIRECTORY.encode() in content)
         lines = "".join(f"{rule}\n" for rule in rules)
@@ -200,11 +201,6 @@ def _take_out(plan: Plan, state: State, path: str) -> None:
     if OWN_MARK in text[:400]:
         prune = [os.path.dirname(path)] if _MADE_DIRECTORY in text else []
         plan.add(RemoveFile(f"remove {path}", path, text, path=path, prune=prune))
-
-
-def _refuse_foreign(content: bytes | None) -> None:
-    if content is not None and OWN_MARK.encode() not in content[:400]:
-        raise Refusal(f"{DROP_IN} is there and was not written by this collection. Nothing was changed. Move it away.")
 
 
 # -- what AppArmor makes of it -----------------------------------------------------------------------------------------

@@ -108,10 +108,9 @@ class Grub(BootLoader):
         plan = Plan()
         before = read_exact(self.host, self.path)
         if self.path == self.drop_in:
-            if before is not None and OWN_MARK not in before:
-                raise HostError(f"{self.path} is not ours (it does not bear our mark). Move it away and run again.")
-            if ours:
-                read_own(self.host, self.path)  # refuses also what is no file
+            # Refuses also what is no file: a link to /dev/null.
+            if ours or before is not None:
+                read_own(self.host, self.path)
             content = own_header() + "".join(f"{line}\n" for line in self._lines(ours)) if ours else None
         else:
             content = with_own_lines(before or "", self._lines(ours))

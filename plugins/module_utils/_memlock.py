@@ -22,10 +22,11 @@ import os
 import re
 import typing as t
 
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._libvirt_acl import DAEMONS, Restart
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import refuse_foreign
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, RemoveFile, Step, WriteFile, run
 from ansible_collections.iommufd.host.plugins.module_utils._systemd_unit import (
     RemoveDropIn,
@@ -326,8 +327,7 @@ class RemoveLimit(_LimitChanged, RemoveDropIn):
 def _plan_unit(plan_: Plan, service: Service, text: str | None, restart: Restart | None) -> bool:
     state = service.state
     content = state.content
-    if content is not None:
-        _refuse_foreign(state.path, content)
+    refuse_foreign(state.path, content)
     before = (content or b"").decode("utf-8", "replace")
     if text is None:
         if content is not None:
@@ -351,10 +351,10 @@ def _plan_unit(plan_: Plan, service: Service, text: str | None, restart: Restart
 
 def _plan_limits(plan_: Plan, content: bytes | None, text: str | None) -> None:
     before = (content or b"").decode("utf-8", "replace")
-    if content is not None and (text is not None or OWN_MARK in before[:400]):
-        _refuse_foreign(LIMITS, content)
-        if text is None:
-            plan_.add(RemoveFile(f"remove {LIMITS}", LIMITS, before, path=LIMITS))
+    if text is not None:
+        refuse_foreign(LIMITS, content)
+    elif OWN_MARK in before[:400]:
+        plan_.add(RemoveFile(f"remove {LIMITS}", LIMITS, before, path=LIMITS))
     if text is not None and text != before:
         plan_.add(
             WriteFile(
@@ -362,11 +362,6 @@ def _plan_limits(plan_: Plan, content: bytes | None, text: str | None) -> None:
                 enforce_mode=True,
             )
         )  # fmt: skip
-
-
-def _refuse_foreign(path: str, content: bytes) -> None:
-    if OWN_MARK.encode() not in content[:400]:
-        raise Refusal(f"{path} is there and was not written by this collection. Nothing was changed. Move it away.")
 
 
 def _check(host: Host, daemons: t.Sequence[str], size: int | None) -> None:

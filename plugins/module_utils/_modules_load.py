@@ -18,7 +18,7 @@ import stat
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
-from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
+from ansible_collections.iommufd.host.plugins.module_utils._files import own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._kernel import ModuleIndex
 from ansible_collections.iommufd.host.plugins.module_utils._modules_stale import plan_stale
@@ -209,9 +209,9 @@ def plan_present(host: Host, names: t.Sequence[str], pending: bool = False) -> P
     planned.plan.add(*stale)
     planned.warnings.extend(warnings)
     wanted = [name for name in names if states[name].state != "builtin"]
-    before = _read_own(host)
+    before = host.read_text(PATH)
     after = content(wanted) if wanted else None
-    if after is not None:
+    if after is not None or before is not None:
         read_own(host, PATH)  # refuses also what is no file
     if after is None and before is not None:
         planned.plan.add(RemoveFile(f"remove {PATH}", PATH, before, "", path=PATH))
@@ -231,9 +231,10 @@ def plan_absent(host: Host) -> Planned:
     """
     planned = Planned(Plan())
     planned.plan.add(*plan_stale(host, False)[0])
-    before = _read_own(host)
+    before = host.read_text(PATH)
     if before is None:
         return planned
+    read_own(host, PATH)
     planned.plan.add(RemoveFile(f"remove {PATH}", PATH, before, "", path=PATH))
     running = loaded(host)
     others = listed_elsewhere(host)
@@ -291,13 +292,6 @@ def _only_helps(host: Host, name: str, going: set[str]) -> bool:
         # Nothing holds vfio_iommu_type1, the back end of legacy containers, which vfio itself asks for.
         return name == "vfio_iommu_type1" and count == 0
     return all(holder in going or _only_helps(host, holder, going) for holder in holders)
-
-
-def _read_own(host: Host) -> str | None:
-    text = host.read_text(PATH)
-    if text is not None and OWN_MARK not in text:
-        raise HostError(f"{PATH} is not ours (it does not bear our mark). Move it away and run again.")
-    return text
 
 
 def _lines(names: t.Iterable[str]) -> str:

@@ -24,9 +24,21 @@ def read_own(host: Host, path: str) -> bytes | None:
     content = host.read_bytes(path)
     if content is None and host.stat(path, follow=False) is not None:
         raise Refusal(f"{path} exists and is not a file that can be read; it is in the way of one of ours")
-    if content is not None and OWN_MARK.encode() not in content[:400]:
-        raise Refusal(f"{path} exists and is not ours (it lacks the line '{OWN_MARK}'). Move it away and run again")
+    refuse_foreign(path, content)
     return content
+
+
+def refuse_foreign(path: str, content: bytes | None, remedy: str = "Move it away") -> None:
+    """See to it that a file is ours to write over or to remove, or not there.
+
+    Raises:
+        Refusal: it is somebody else's.
+    """
+    if content is not None and OWN_MARK.encode() not in content[:400]:
+        raise Refusal(
+            f"{path} exists and was not written by this collection (it lacks the line '{OWN_MARK}'). "
+            f"{remedy} and run again"
+        )
 
 
 def write_own(host: Host, path: str, content: bytes, mode: int) -> list[Step]:

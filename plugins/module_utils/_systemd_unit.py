@@ -17,10 +17,11 @@ import tempfile
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _device_filter
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import CDEVS, IOMMU, KVM
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import refuse_foreign
 from ansible_collections.iommufd.host.plugins.module_utils._plan import (
     Plan,
     RemoveFile,
@@ -289,7 +290,7 @@ def plan_present(states: t.Sequence[UnitState], wanted: Wanted, host: Host, othe
     plan = Plan()
     stale = _take_out(plan, others)
     for state in states:
-        _refuse_foreign(state)
+        refuse_foreign(state.path, state.content)
         text = drop_in_text(state, wanted)
         if state.content != text.encode():
             before = (state.content or b"").decode("utf-8", "replace")
@@ -321,20 +322,13 @@ def _take_out(plan: Plan, states: t.Sequence[UnitState]) -> bool:
     stale = False
     for state in states:
         if state.content is not None:
-            _refuse_foreign(state)
+            refuse_foreign(state.path, state.content)
             text = state.content.decode("utf-8", "replace")
             directory = os.path.dirname(state.path)
             plan.add(RemoveDropIn(f"remove {state.path}", state.path, text, path=state.path, prune=[directory]))
         elif state.path in state.shown.get("DropInPaths", "").split():
             stale = True
     return stale
-
-
-def _refuse_foreign(state: UnitState) -> None:
-    if state.content is not None and OWN_MARK.encode() not in state.content[:400]:
-        raise Refusal(
-            f"{state.path} is there and was not written by this collection. Nothing was changed. Move it away."
-        )
 
 
 def _reloaded(plan: Plan, stale: bool, units: t.Sequence[tuple[str, Wanted]], host: Host) -> Plan:

@@ -16,10 +16,11 @@ import tempfile
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _posix_acl
-from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError, Refusal
+from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, OptionError
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, own_header
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._nodes import Accounts
+from ansible_collections.iommufd.host.plugins.module_utils._own_files import refuse_foreign
 from ansible_collections.iommufd.host.plugins.module_utils._pci import is_address
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Plan, RemoveFile, Step, WriteFile, run
 
@@ -434,7 +435,7 @@ def plan_present(state: State, wanted: t.Mapping[str, Access], symlinks: bool, h
     Raises:
         Refusal: the file at the path is not ours.
     """
-    _refuse_foreign(state)
+    refuse_foreign(state.path, state.content, "Give another name in path, or move it away")
     command = setfacl(host) if any(access.acl for access in wanted.values()) else ""
     text = rules_text(wanted, symlinks, command)
     plan = Plan()
@@ -481,7 +482,7 @@ def plan_absent(state: State, host: Host) -> Plan:
     Raises:
         Refusal: the file at the path is not ours.
     """
-    _refuse_foreign(state)
+    refuse_foreign(state.path, state.content, "Give another name in path, or move it away")
     covered, listed = covered_kinds(state.content), listed_kinds(state.content)
     reset = [node for node in state.nodes if node.kind in covered and not node.has(node.default, node.kind in listed)]
     # A link of ours without the rule is what a killed run leaves: the rules file goes after the nodes' permissions.
@@ -495,14 +496,6 @@ def plan_absent(state: State, host: Host) -> Plan:
     if affected:
         plan.add(FollowRules.of(affected, {}, False, host))
     return plan
-
-
-def _refuse_foreign(state: State) -> None:
-    if state.content is not None and OWN_MARK.encode() not in state.content[:400]:
-        raise Refusal(
-            f"{state.path} is there and was not written by this collection. Nothing was changed. "
-            "Move it away, or give another name in path."
-        )
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_guests_may_run_it(machine: Machine) -> None:
     assert present(machine) == []
     assert [one.subject for one in absent(machine)] == [apparmor.RULES_FILE]
     machine.file(apparmor.RULES_FILE, "somebody else's\n")
-    with pytest.raises(Refusal, match="is not ours"):
+    with pytest.raises(Refusal, match="was not written by this collection"):
         present(machine)
     machine.file(apparmor.RULES_FILE, f"{'# somebody else, who speaks of us' * 20}\n{step.after}")
     assert absent(machine) == []
