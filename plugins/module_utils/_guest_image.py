@@ -17,6 +17,7 @@ import ctypes.util
 import dataclasses
 import fnmatch
 import gzip
+import io
 import lzma
 import posixpath
 import re
@@ -25,6 +26,7 @@ import typing as t
 import zlib
 
 from ansible_collections.iommufd.host.plugins.module_utils._cpio import Archive
+from ansible_collections.iommufd.host.plugins.module_utils._elf import interpreter
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
@@ -379,30 +381,6 @@ def find_busybox(host: Host, wanted: str = "") -> str:
     return path
 
 
-def interpreter(binary: bytes) -> str | None:
-    """The loader that a dynamically linked ELF binary asks for; None for a static one, or for what is no ELF."""
-    if binary[:4] != b"\x7fELF" or len(binary) < 64:
-        return None
-    wide, order = binary[4] == 2, "<" if binary[5] == 1 else ">"
-    if wide:
-        table = struct.unpack_from(order + "Q", binary, 0x20)[0]
-        size, count = struct.unpack_from(order + "HH", binary, 0x36)
-    else:
-        table = struct.unpack_from(order + "I", binary, 0x1C)[0]
-        size, count = struct.unpack_from(order + "HH", binary, 0x2A)
-    for number in range(count):
-        at = table + number * size
-        if at + size > len(binary):
-            return None
-        if struct.unpack_from(order + "I", binary, at)[0] == 3:  # PT_INTERP
-            if wide:
-                start, _virtual, _physical, length = struct.unpack_from(order + "QQQQ", binary, at + 8)
-            else:
-                start, _virtual, _physical, length = struct.unpack_from(order + "IIII", binary, at + 4)
-            return binary[start : start + length].split(b"\0")[0].decode("ascii", "replace")
-    return None
-
-
 def libraries(listing: str) -> list[str]:
     """The files that ``ldd`` names, each an absolute path; the kernel's own vdso has none."""
     found: list[str] = []
@@ -602,7 +580,7 @@ def _add_busybox(host: Host, archive: Archive, busybox: str) -> None:
     archive.file("/bin/busybox", content, 0o755)
     for name in (*APPLETS, *OPTIONAL_APPLETS):
         archive.link(f"/bin/{name}", "busybox")
-    if interpreter(content) is None:
+    if interpreter(io.BytesIO(content)) is None:
         return
     said = host.ask(["ldd", busybox])
     needed = libraries(said.stdout) if said is not None and said.ok else []

@@ -22,10 +22,10 @@ import json
 import os
 import re
 import shutil
-import struct
 import typing as t
 
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_apparmor, _qemu_artefact
+from ansible_collections.iommufd.host.plugins.module_utils._elf import interpreter
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 from ansible_collections.iommufd.host.plugins.module_utils._plan import Action, Plan, stays_removed
@@ -277,7 +277,8 @@ def missing_libraries(host: Host, binary: str) -> list[str]:
 
     The loader is only asked to list (ld.so(8), ``--list``); nothing of the binary runs.
     """
-    loader = interpreter(binary)
+    with open(binary, "rb") as file:
+        loader = interpreter(file)
     if loader is None:
         return []
     if not host.exists(loader):
@@ -293,26 +294,6 @@ def missing_libraries(host: Host, binary: str) -> list[str]:
     if not found and not answer.ok:
         found = [(text.strip().splitlines() or ["the loader said nothing"])[-1]]
     return list(dict.fromkeys(name.rstrip(":") for name in found))
-
-
-def interpreter(path: str) -> str | None:
-    """The dynamic loader that a 64-bit ELF file names (PT_INTERP); None where it names none."""
-    with open(path, "rb") as file:
-        head = file.read(64)
-        if len(head) < 64 or head[:5] != b"\x7fELF\x02":
-            return None
-        order = "<" if head[5] == 1 else ">"
-        offset, size, count = (
-            struct.unpack_from(order + form, head, at)[0] for form, at in (("Q", 32), ("H", 54), ("H", 56))
-        )
-        for number in range(count):
-            file.seek(offset + number * size)
-            entry = file.read(size)
-            if struct.unpack_from(order + "I", entry)[0] == 3:
-                start, length = (struct.unpack_from(order + "Q", entry, at)[0] for at in (8, 32))
-                file.seek(start)
-                return file.read(length).rstrip(b"\0").decode("utf-8", "replace")
-    return None
 
 
 def _switch(installed: Installed, key: str) -> None:

@@ -94,7 +94,7 @@ def parse_class(option: str, value: str) -> str:
     return value
 
 
-def parse_size(option: str, value: str) -> str:
+def check_size(option: str, value: str) -> str:
     """A memory limit.
 
     Raises:

@@ -135,7 +135,7 @@ def work_systemd(params: t.Mapping[str, t.Any], check_mode: bool, host: Host) ->
             tuple(parse_devices(params)),
             params["policy"],
             parse_open_file(params["open_file"]),
-            None if memlock is None else _systemd_unit.parse_size("limit_memlock", memlock),
+            None if memlock is None else _systemd_unit.check_size("limit_memlock", memlock),
         )
         for unit in units:
             _systemd_unit.check_support(host, unit, wanted)

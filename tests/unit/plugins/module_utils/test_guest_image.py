@@ -203,25 +203,6 @@ def test_find_kernel(tmp_path: Path, place: str) -> None:
 # -- busybox
 
 
-def elf(interpreter: bytes) -> bytes:
-    header = bytearray(b"\x7fELF\x02\x01\x01" + bytes(57))
-    struct.pack_into("<Q", header, 0x20, 64)
-    struct.pack_into("<HH", header, 0x36, 56, 2 if interpreter else 1)
-    load = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, 0, 0, 0)
-    if not interpreter:
-        return bytes(header) + load
-    at = 64 + 2 * 56
-    wanted = struct.pack("<IIQQQQQQ", 3, 4, at, 0, 0, len(interpreter) + 1, 0, 1)
-    return bytes(header) + load + wanted + interpreter + b"\0"
-
-
-def test_interpreter() -> None:
-    assert _guest_image.interpreter(elf(b"/lib64/ld-linux-x86-64.so.2")) == "/lib64/ld-linux-x86-64.so.2"
-    assert _guest_image.interpreter(elf(b"")) is None
-    assert _guest_image.interpreter(b"#!/bin/sh\n") is None
-    assert _guest_image.interpreter(elf(b"/lib")[:100]) is None
-
-
 def test_libraries() -> None:
     listing = (
         "\tlinux-vdso.so.1 (0x00007f4a2683f000)\n"

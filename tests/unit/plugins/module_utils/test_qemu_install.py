@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_apparmor
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_artefact as artefact
 from ansible_collections.iommufd.host.plugins.module_utils import _qemu_install as install
+from ansible_collections.iommufd.host.plugins.module_utils._elf import interpreter
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
 
@@ -208,9 +210,8 @@ def test_missing_libraries_are_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "plain.c").write_text("int main(void) { return 0; }\n")
     subprocess.run(["cc", "-o", "plain", "plain.c"], cwd=tmp_path, check=True)
     assert install.missing_libraries(Host(), str(tmp_path / "plain")) == []
-    assert install.interpreter("/etc/passwd") is None
     data = pathlib.Path(binary).read_bytes()
-    loader = str(install.interpreter(binary))
+    loader = str(interpreter(io.BytesIO(data)))
     (tmp_path / "other").write_bytes(data.replace(loader.encode(), b"/lib/ld-other".ljust(len(loader), b"\0")))
     assert install.missing_libraries(Host(), str(tmp_path / "other")) == ["the loader /lib/ld-other"]
 

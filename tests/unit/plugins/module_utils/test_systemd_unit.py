@@ -75,10 +75,10 @@ def test_classes() -> None:
 )
 def test_sizes(value: str, good: bool) -> None:
     if good:
-        assert unit.parse_size("limit_memlock", value) == value
+        assert unit.check_size("limit_memlock", value) == value
     else:
         with pytest.raises(OptionError):
-            unit.parse_size("limit_memlock", value)
+            unit.check_size("limit_memlock", value)
 
 
 @pytest.mark.parametrize(("name", "section"), [("a.service", "Service"), ("a.slice", "Slice"), ("a.scope", "Scope")])
