@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing as t
 
+from ansible_collections.iommufd.host.plugins.module_utils import _grub_config
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError
 from ansible_collections.iommufd.host.plugins.module_utils._files import (
     OWN_MARK,
@@ -127,6 +129,7 @@ class Grub(BootLoader):
                     " ".join(self.line(ours)) + "\n",
                     path=self.config,
                     command=self.command,
+                    host=self.host,
                 )
             )
         return plan
@@ -201,6 +204,7 @@ class _WriteEntries(Step):
 
     path: str = ""
     command: str = "grub"
+    host: Host = dataclasses.field(default_factory=Host)
 
     def __post_init__(self) -> None:
         self._previous: FileState | None = None
@@ -209,9 +213,17 @@ class _WriteEntries(Step):
         previous = capture(self.path)
         if previous is None:
             raise HostError(f"{self.path} is gone")
-        text = run([f"{self.command}-mkconfig"], 600)
+        text = run([f"{self.command}-mkconfig"], 600, locale=_grub_config.locale(self.host), exact=True)
         if "### BEGIN" not in text:
             raise HostError(f"{self.command}-mkconfig wrote no boot entries")
+        environment = self.host.read_text(f"{os.path.dirname(self.path)}/grubenv") or ""
+        lost = _grub_config.lost(previous.content.decode("utf-8", "surrogateescape"), text, environment)
+        if lost:
+            raise HostError(
+                f"{self.command}-mkconfig has no entry '{lost[0]}' any more, which this host starts; another would be "
+                "started. The old entries stay. Titles depend on the language and on versions: name the entry by its "
+                f"id ($menuentry_id_option in {self.path}), in {DEFAULTS} or with {self.command}-set-default"
+            )
         run([f"{self.command}-script-check"], 60, stdin=text)
         self._previous = previous
         state = dataclasses.replace(previous, content=text.encode("utf-8", "surrogateescape"))

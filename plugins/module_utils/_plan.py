@@ -311,7 +311,14 @@ def _make_parents(path: str) -> list[str]:
     return made
 
 
-def run(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "", keep_locks: bool = False) -> str:
+def run(
+    argv: t.Sequence[str],
+    timeout: float = 120.0,
+    stdin: str = "",
+    keep_locks: bool = False,
+    locale: t.Mapping[str, str] | None = None,
+    exact: bool = False,
+) -> str:
     """Run a command and return its standard output.
 
     Args:
@@ -320,16 +327,26 @@ def run(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "", keep_loc
         stdin: text given to it.
         keep_locks: whether it holds our locks as well. When we are killed it goes on by itself, and the next run must
             not start before it has ended; not for a command that may leave a daemon behind.
+        locale: variables of the language that it speaks; None: ``LC_ALL=C.UTF-8``.
+        exact: whether bytes of its output that are not UTF-8 are kept (as ``surrogateescape`` has it); else they become
+            U+FFFD, which can be shown.
 
     Raises:
         HostError: it is missing, was killed or ended with a status other than 0; quotes its last lines.
     """
-    environment = dict(os.environ, LC_ALL="C.UTF-8", DEBIAN_FRONTEND="noninteractive")
+    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    if locale is None:
+        environment["LC_ALL"] = "C.UTF-8"
+    else:
+        inherited = [name for name in environment if name in ("LANG", "LANGUAGE") or name.startswith("LC_")]
+        for name in inherited:
+            del environment[name]
+        environment.update(locale)
     environment["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     try:
         done = subprocess.run(  # pylint: disable=ansible-bad-function
             list(argv),
-            input=stdin.encode(),
+            input=stdin.encode("utf-8", "surrogateescape"),
             capture_output=True,
             timeout=timeout,
             env=environment,
@@ -348,7 +365,7 @@ def run(argv: t.Sequence[str], timeout: float = 120.0, stdin: str = "", keep_loc
             stdout=done.stdout.decode("utf-8", "replace")[-4000:],
             stderr=done.stderr.decode("utf-8", "replace")[-4000:],
         )
-    return done.stdout.decode("utf-8", "replace")
+    return done.stdout.decode("utf-8", "surrogateescape" if exact else "replace")
 
 
 def wait_until(condition: t.Callable[[], bool], timeout: float, interval: float = 0.05) -> bool:

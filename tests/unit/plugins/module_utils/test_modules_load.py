@@ -119,7 +119,7 @@ def test_a_foreign_file_at_our_path_is_left_alone(tmp_path: pathlib.Path) -> Non
     host = Machine(tmp_path)
     host.put(PATH, "vfio\n")
     for plan in (lambda: _modules_load.plan_present(host, NAMES), lambda: _modules_load.plan_absent(host)):
-        with pytest.raises(HostError, match="not ours"):
+        with pytest.raises(HostError, match="was not written by this collection"):
             plan()
 
 
