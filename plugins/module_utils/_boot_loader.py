@@ -213,21 +213,28 @@ class _WriteEntries(Step):
         previous = capture(self.path)
         if previous is None:
             raise HostError(f"{self.path} is gone")
-        text = run([f"{self.command}-mkconfig"], 600, locale=_grub_config.locale(self.host), exact=True)
-        if "### BEGIN" not in text:
-            raise HostError(f"{self.command}-mkconfig wrote no boot entries")
-        environment = self.host.read_text(f"{os.path.dirname(self.path)}/grubenv") or ""
-        lost = _grub_config.lost(previous.content.decode("utf-8", "surrogateescape"), text, environment)
-        if lost:
-            raise HostError(
-                f"{self.command}-mkconfig has no entry '{lost[0]}' any more, which this host starts; another would be "
-                "started. The old entries stay. Titles depend on the language and on versions: name the entry by its "
-                f"id ($menuentry_id_option in {self.path}), in {DEFAULTS} or with {self.command}-set-default"
-            )
+        text = self._entries(previous.content.decode("utf-8", "surrogateescape"))
         run([f"{self.command}-script-check"], 60, stdin=text)
         self._previous = previous
         state = dataclasses.replace(previous, content=text.encode("utf-8", "surrogateescape"))
         write_atomic(self.path, state, for_boot_loader=True)
+
+    def _entries(self, before: str) -> str:
+        """Generate them: in the host's language, or in English where the last ones were and an entry is named so."""
+        environment = self.host.read_text(f"{os.path.dirname(self.path)}/grubenv") or ""
+        lost: list[str] = []
+        for locale in (_grub_config.locale(self.host), {}):
+            text = run([f"{self.command}-mkconfig"], 600, locale=locale, exact=True)
+            if "### BEGIN" not in text:
+                raise HostError(f"{self.command}-mkconfig wrote no boot entries")
+            lost = _grub_config.lost(before, text, environment)
+            if not lost:
+                return text
+        raise HostError(
+            f"{self.command}-mkconfig has no entry '{lost[0]}' any more, which this host starts; another would be "
+            "started. The old entries stay. Titles depend on the language and on versions: name the entry by its "
+            f"id ($menuentry_id_option in {self.path}), in {DEFAULTS} or with {self.command}-set-default"
+        )
 
     def undo(self) -> None:
         if self._previous is not None and capture(self.path) != self._previous:

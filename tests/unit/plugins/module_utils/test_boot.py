@@ -7,10 +7,11 @@ from __future__ import annotations
 import os
 import pathlib
 import struct
+import typing as t
 
 import pytest
 
-from ansible_collections.iommufd.host.plugins.module_utils import _boot, _boot_loader
+from ansible_collections.iommufd.host.plugins.module_utils import _boot, _boot_loader, _grub_config
 from ansible_collections.iommufd.host.plugins.module_utils._errors import HostError, Refusal
 from ansible_collections.iommufd.host.plugins.module_utils._files import OWN_MARK, FileState, own_header, write_atomic
 from ansible_collections.iommufd.host.plugins.module_utils._host import Host
@@ -405,3 +406,18 @@ def test_entries_are_written_in_the_hosts_own_language_byte_for_byte(
     step = _boot_loader._WriteEntries("write", path=str(config), command=str(tmp_path / "x"), host=host)
     Plan([step]).apply()
     assert config.read_bytes() == b"### BEGIN de_DE f\xfcr\n"
+
+
+def test_entries_that_were_last_written_in_english_stay_so_where_one_is_named_so(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grub.cfg").write_text(TITLES.format(**ENGLISH))
+    (tmp_path / "grubenv").write_text("saved_entry=Advanced options for Debian>0\n")
+
+    def run(argv: list[str], timeout: float, **more: t.Any) -> str:
+        return TITLES.format(**(GERMAN if more.get("locale") else ENGLISH))
+
+    monkeypatch.setattr(_boot_loader, "run", run)
+    monkeypatch.setattr(_grub_config, "locale", lambda host: {"LANG": "de_DE.UTF-8"})
+    Plan([_boot_loader._WriteEntries("write", path=str(tmp_path / "grub.cfg"))]).apply()
+    assert (tmp_path / "grub.cfg").read_text() == TITLES.format(**ENGLISH)
