@@ -220,18 +220,25 @@ class _WriteEntries(Step):
         write_atomic(self.path, state, for_boot_loader=True)
 
     def _entries(self, before: str) -> str:
-        """Generate them: in the host's language, or in English where the last ones were and an entry is named so."""
-        environment = self.host.read_text(f"{os.path.dirname(self.path)}/grubenv") or ""
+        """Generate them in the language of those before: the host's, or English where a service wrote them last."""
+        environment = read_exact(self.host, f"{os.path.dirname(self.path)}/grubenv") or ""
+        own = _grub_config.locale(self.host)
+        fitting = ""
         lost: list[str] = []
-        for locale in (_grub_config.locale(self.host), {}):
+        for locale in (own, {}) if own else ({},):
             text = run([f"{self.command}-mkconfig"], 600, locale=locale, exact=True)
             if "### BEGIN" not in text:
                 raise HostError(f"{self.command}-mkconfig wrote no boot entries")
+            if _grub_config.names(before) <= _grub_config.names(text):
+                return text
             lost = _grub_config.lost(before, text, environment)
             if not lost:
-                return text
+                fitting = fitting or text
+        if fitting:
+            return fitting
+        name = lost[0].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         raise HostError(
-            f"{self.command}-mkconfig has no entry '{lost[0]}' any more, which this host starts; another would be "
+            f"{self.command}-mkconfig has no entry '{name}' any more, which this host starts; another would be "
             "started. The old entries stay. Titles depend on the language and on versions: name the entry by its "
             f"id ($menuentry_id_option in {self.path}), in {DEFAULTS} or with {self.command}-set-default"
         )

@@ -408,16 +408,29 @@ def test_entries_are_written_in_the_hosts_own_language_byte_for_byte(
     assert config.read_bytes() == b"### BEGIN de_DE f\xfcr\n"
 
 
-def test_entries_that_were_last_written_in_english_stay_so_where_one_is_named_so(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("saved", "kernel"), [("", "6.12"), ("Advanced options for Debian>0", "6.13")])
+def test_entries_that_were_last_written_in_english_stay_so(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, saved: str, kernel: str
 ) -> None:
+    """By all titles where they are the same; where a kernel has gone since, by the one that is started."""
     (tmp_path / "grub.cfg").write_text(TITLES.format(**ENGLISH))
-    (tmp_path / "grubenv").write_text("saved_entry=Advanced options for Debian>0\n")
+    (tmp_path / "grubenv").write_text(f"saved_entry={saved}\n")
 
     def run(argv: list[str], timeout: float, **more: t.Any) -> str:
-        return TITLES.format(**(GERMAN if more.get("locale") else ENGLISH))
+        return TITLES.format(**(GERMAN if more.get("locale") else ENGLISH)).replace("6.12", kernel)
 
     monkeypatch.setattr(_boot_loader, "run", run)
     monkeypatch.setattr(_grub_config, "locale", lambda host: {"LANG": "de_DE.UTF-8"})
-    Plan([_boot_loader._WriteEntries("write", path=str(tmp_path / "grub.cfg"))]).apply()
-    assert (tmp_path / "grub.cfg").read_text() == TITLES.format(**ENGLISH)
+    Plan([_boot_loader._WriteEntries("write the boot entries", path=str(tmp_path / "grub.cfg"))]).apply()
+    assert (tmp_path / "grub.cfg").read_text() == TITLES.format(**ENGLISH).replace("6.12", kernel)
+
+
+def test_a_title_that_is_no_utf_8_is_not_lost_either(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host in Latin-1; the message can be shown."""
+    config = tmp_path / "grub.cfg"
+    config.write_bytes(TITLES.format(**GERMAN).encode("latin-1"))
+    (tmp_path / "grubenv").write_bytes("saved_entry=Erweiterte Optionen f\u00fcr Debian>0\n".encode("latin-1"))
+    monkeypatch.setattr(_boot_loader, "run", lambda argv, timeout=0.0, stdin="", **more: TITLES.format(**ENGLISH))
+    with pytest.raises(HostError, match="has no entry 'Erweiterte Optionen f\ufffdr Debian>0' any more"):
+        Plan([_boot_loader._WriteEntries("write the boot entries", path=str(config))]).apply()
+    assert config.read_bytes() == TITLES.format(**GERMAN).encode("latin-1")
